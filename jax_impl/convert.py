@@ -1,0 +1,67 @@
+"""Between the canonical state of `spec.params` (torch's layouts) and Flax's nested dicts (S3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spec.params import Leaf
+
+_ATTRIBUTES = {
+    "weight": "kernel",
+    "bias": "bias",
+    "scale": "scale",
+    "shift": "bias",
+    "running_mean": "mean",
+    "running_var": "var",
+}
+
+
+def from_canonical(
+    state: Mapping[str, np.ndarray], leaves: Sequence[Leaf], *, dtype: jnp.dtype, device: jax.Device
+) -> tuple[dict, dict]:
+    """Return (params, batch_stats), nested dicts of `dtype` arrays on `device`: copies, no memory is shared."""
+    params: dict = {}
+    batch_stats: dict = {}
+    for leaf in leaves:
+        array = np.array(_to_flax(state[leaf.name], leaf), dtype=dtype, order="C", copy=True)
+        tree = params if leaf.trained else batch_stats
+        tree.setdefault(leaf.name.split(".")[0], {})[_ATTRIBUTES[leaf.role]] = jax.device_put(array, device)
+    return params, batch_stats
+
+
+def to_canonical(params: Mapping, batch_stats: Mapping, leaves: Sequence[Leaf]) -> dict[str, np.ndarray]:
+    """Return the canonical state, contiguous NumPy arrays of their own; the inverse of `from_canonical`."""
+    state = {}
+    for leaf in leaves:
+        tree = params if leaf.trained else batch_stats
+        array = np.asarray(tree[leaf.name.split(".")[0]][_ATTRIBUTES[leaf.role]])
+        state[leaf.name] = np.array(_from_flax(array, leaf), order="C", copy=True)
+    return state
+
+
+def _to_flax(array: np.ndarray, leaf: Leaf) -> np.ndarray:
+    """Return a weight as Flax has it: linear [in, out], convolution [h, w, in, out], a flattened image h, w, c."""
+    if leaf.role != "weight":
+        return array
+    if array.ndim == 4:
+        return array.transpose(2, 3, 1, 0)
+    if leaf.flattened:
+        height, width, channels = leaf.flattened
+        return array.reshape(-1, channels, height, width).transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+    return array.T
+
+
+def _from_flax(array: np.ndarray, leaf: Leaf) -> np.ndarray:
+    if leaf.role != "weight":
+        return array
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    if leaf.flattened:
+        units = array.shape[-1]
+        return array.reshape(*leaf.flattened, units).transpose(3, 2, 0, 1).reshape(units, math.prod(leaf.flattened))
+    return array.T

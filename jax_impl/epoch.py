@@ -1,0 +1,98 @@
+"""An epoch as one compiled program over data that stays on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_impl.step import EvalStep, ExampleMetrics, StepMetrics, TrainState, TrainStep
+from spec.batches import Counts
+
+
+class DeviceSplit(NamedTuple):
+    """A split on the device: images [n, ...] float, labels [n] int32."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class Span(NamedTuple):
+    """The steps [start, stop) of an epoch (from 1): int32 scalars on the device's side of the call."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> Callable:
+    """Return the compiled program (state, split, order [n] int32, span) -> (state, metrics [steps_per_epoch]).
+
+    It runs any span of an epoch's steps: the whole epoch in one call, or a part for a progress line, with the same
+    values. Batch i holds examples order[i B : (i+1) B]; a short last batch is a step of its own size (S2). The state is
+    donated. Metrics outside the span are 0. Step k of epoch e drops units by the key fold(fold(seed, e), k).
+    """
+    full = counts.full_steps * counts.batch_size
+
+    @partial(jax.jit, donate_argnums=0)
+    def run_steps(state: TrainState, split: DeviceSplit, order: jax.Array, span: Span):
+        epoch_key = jax.random.fold_in(jax.random.key(seed), span.epoch)
+        batches = order[:full].reshape(counts.full_steps, counts.batch_size)
+
+        def step_on(step: jax.Array, batch: jax.Array, carry: tuple[TrainState, StepMetrics]):
+            state, collected = carry
+            key = jax.random.fold_in(epoch_key, step)
+            state, metrics = train_step(state, split.images[batch], split.labels[batch], key)
+            return state, jax.tree.map(lambda all_, one: all_.at[step].set(one), collected, metrics)
+
+        carry = (state, _no_metrics(train_step, state, split, counts))
+        carry = lax.fori_loop(
+            span.start,
+            jnp.minimum(span.stop, counts.full_steps),
+            lambda step, carry: step_on(step, batches[step], carry),
+            carry,
+        )
+        if counts.short_batch_size:
+            last = order[full : full + counts.short_batch_size]
+            carry = lax.cond(
+                span.stop == counts.steps_per_epoch,
+                lambda carry: step_on(jnp.int32(counts.full_steps), last, carry),
+                lambda carry: carry,
+                carry,
+            )
+        return carry
+
+    return run_steps
+
+
+def make_evaluate(eval_step: EvalStep, num_examples: int, batch_size: int) -> Callable:
+    """Return the compiled program (state, split) -> metrics [num_examples]: every example once, none dropped (S8)."""
+    num_batches = num_examples // batch_size
+    full = num_batches * batch_size
+
+    @jax.jit
+    def evaluate(state: TrainState, split: DeviceSplit) -> ExampleMetrics:
+        def of_batch(start: jax.Array) -> ExampleMetrics:
+            batch = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, start, batch_size), split)
+            return eval_step(state, batch.images, batch.labels)
+
+        parts = []
+        if num_batches:
+            stacked = lax.map(of_batch, jnp.arange(num_batches, dtype=jnp.int32) * batch_size)
+            parts.append(jax.tree.map(lambda array: array.reshape(full), stacked))
+        if full < num_examples:
+            parts.append(eval_step(state, split.images[full:], split.labels[full:]))
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+
+    return evaluate
+
+
+def _no_metrics(train_step: TrainStep, state: TrainState, split: DeviceSplit, counts: Counts) -> StepMetrics:
+    """Return zeros [steps_per_epoch] of the dtypes that a step's metrics have."""
+    batch = jax.tree.map(lambda array: array[: counts.batch_size], split)
+    _, metrics = jax.eval_shape(train_step, state, batch.images, batch.labels, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.zeros(counts.steps_per_epoch, leaf.dtype), metrics)

@@ -1,0 +1,108 @@
+"""The lessons' networks as Flax NNX modules, their layers under the canonical names of `spec.params`."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from flax import nnx
+
+from jax_impl.layers import ACTIVATIONS, BatchNorm, conv_general_dilated, max_pool_2x2
+from spec.params import KERNEL_SIZE
+from spec.recipe import Model
+
+
+class MLP(nnx.Module):
+    """Linear layers with an activation after each but the last; with no hidden layer, softmax regression.
+
+    `linear1`, `linear2`, ...; `norm0` normalises the inputs as one channel first, if the recipe says so.
+    """
+
+    def __init__(self, model: Model, input_shape: tuple[int, ...], outputs: int, *, rngs: nnx.Rngs) -> None:
+        if model.input_batchnorm:
+            self.norm0 = BatchNorm(1, rngs=rngs)
+        self.activations = model.activations
+        self.input_batchnorm = model.input_batchnorm
+        sizes = (math.prod(input_shape), *model.hidden_sizes, outputs)
+        for index, (inputs, units) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+            setattr(self, f"linear{index}", nnx.Linear(inputs, units, use_bias=bool(model.bias), rngs=rngs))
+
+    def __call__(self, images: jax.Array, *, train: bool, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Return logits [batch, outputs] for `images` [batch, ...]; `dropout_key` is not used."""
+        if self.input_batchnorm:
+            images = self.norm0(images[..., None], train=train)
+        hidden = images.reshape(images.shape[0], -1)
+        for index, activation in enumerate(self.activations, start=1):
+            hidden = ACTIVATIONS[activation](getattr(self, f"linear{index}")(hidden))
+        return getattr(self, f"linear{len(self.activations) + 1}")(hidden)
+
+
+class CNN(nnx.Module):
+    """Blocks of 3x3 convolution, BatchNorm, relu, 2x2 max-pooling; then of linear, BatchNorm, relu, dropout; then linear.
+
+    `conv1`, `norm1`, ..., then `linear1` with the next norm, and so on. Convolutions pad by 1 (written out, S3).
+    """
+
+    def __init__(self, model: Model, input_shape: tuple[int, ...], outputs: int, *, rngs: nnx.Rngs) -> None:
+        height, width, inputs = input_shape
+        self.num_convs, self.num_hidden = len(model.channels), len(model.hidden_sizes)
+        for index, channels in enumerate(model.channels, start=1):
+            setattr(self, f"conv{index}", _conv3x3(inputs, channels, rngs=rngs))
+            setattr(self, f"norm{index}", BatchNorm(channels, rngs=rngs))
+            height, width, inputs = height // 2, width // 2, channels
+        sizes = (height * width * inputs, *model.hidden_sizes, outputs)
+        for index, (ins, units) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+            setattr(self, f"linear{index}", nnx.Linear(ins, units, rngs=rngs))
+        for index, units in enumerate(model.hidden_sizes, start=self.num_convs + 1):
+            setattr(self, f"norm{index}", BatchNorm(units, rngs=rngs))
+        self.dropout = nnx.Dropout(model.dropout)
+
+    def __call__(self, images: jax.Array, *, train: bool, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Return logits [batch, outputs] for `images` [batch, height, width, channels]; training needs `dropout_key`."""
+        hidden = images
+        for index in range(1, self.num_convs + 1):
+            hidden = getattr(self, f"norm{index}")(getattr(self, f"conv{index}")(hidden), train=train)
+            hidden = max_pool_2x2(jax.nn.relu(hidden))
+        hidden = hidden.reshape(hidden.shape[0], -1)
+        rngs = nnx.Rngs(dropout=dropout_key) if train else None
+        for index in range(1, self.num_hidden + 1):
+            norm = getattr(self, f"norm{self.num_convs + index}")
+            hidden = jax.nn.relu(norm(getattr(self, f"linear{index}")(hidden), train=train))
+            hidden = self.dropout(hidden, deterministic=not train, rngs=rngs)
+        return getattr(self, f"linear{self.num_hidden + 1}")(hidden)
+
+
+def _conv3x3(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (KERNEL_SIZE, KERNEL_SIZE),
+        padding=KERNEL_SIZE // 2,
+        conv_general_dilated=conv_general_dilated,
+        rngs=rngs,
+    )
+
+
+MODELS = {"mlp": MLP, "cnn": CNN}
+
+
+def graph(model: Model, input_shape: tuple[int, ...], outputs: int) -> nnx.GraphDef:
+    """Return the static part of the network: what `nnx.merge` joins with parameters and statistics. Draws nothing."""
+    abstract = nnx.eval_shape(lambda: MODELS[model.name](model, input_shape, outputs, rngs=nnx.Rngs(0)))
+    graphdef, _, _ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+    return graphdef
+
+
+def apply(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    batch_stats: dict,
+    images: jax.Array,
+    *,
+    train: bool,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict]:
+    """Return logits [batch, outputs] and the BatchNorm statistics after the call; a pure function of plain dicts."""
+    model = nnx.merge(graphdef, params, batch_stats)
+    logits = model(images, train=train, dropout_key=dropout_key)
+    return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

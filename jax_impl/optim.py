@@ -1,0 +1,46 @@
+"""The update rules and schedules, in optax, equal to torch's (S6)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spec.recipe import Recipe
+
+
+def optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Return the recipe's update rule.
+
+    SGD, with g' = g + wd p: b_1 = g'_1, b_t = mu b_{t-1} + (1 - d) g'_t, p -= lr_t (g'_t + mu b_t if nesterov else b_t).
+    Adam: Kingma and Ba, arXiv 1412.6980, with the same coupled decay. lr_t is constant within an epoch.
+    """
+    options = recipe.optimizer
+    rate = learning_rate(recipe, steps_per_epoch)
+    decay = optax.add_decayed_weights(options.weight_decay) if options.weight_decay else optax.identity()
+    if options.name == "adam":
+        first, second = options.betas
+        return optax.chain(decay, optax.adam(rate, b1=first, b2=second, eps=options.epsilon))
+    rule = optax.sgd(rate, momentum=options.momentum or None, nesterov=bool(options.nesterov))
+    return optax.chain(decay, _dampen(options.dampening) if options.dampening else optax.identity(), rule)
+
+
+def learning_rate(recipe: Recipe, steps_per_epoch: int) -> float | optax.Schedule:
+    """Return the learning rate: a number, or a function of the step (from 0) that changes between epochs only."""
+    rate, schedule = recipe.optimizer.learning_rate, recipe.schedule
+    if schedule.name == "constant":
+        return rate
+    if schedule.name == "step":
+        of_epoch = optax.exponential_decay(rate, schedule.step_epochs, schedule.gamma, staircase=True)
+    else:
+        of_epoch = optax.cosine_decay_schedule(rate, recipe.epochs, alpha=schedule.final_learning_rate / rate)
+    return lambda step: of_epoch(step // steps_per_epoch)
+
+
+def _dampen(dampening: float) -> optax.GradientTransformation:
+    """Scale every gradient but the first by 1 - dampening: torch's first buffer is undamped."""
+
+    def factor(step: jax.Array) -> jax.Array:
+        return jnp.where(step == 0, 1.0, 1.0 - dampening)
+
+    return optax.scale_by_schedule(factor)

@@ -1,0 +1,86 @@
+"""One step of training, one batch of evaluation: pure functions over plain pytrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jax_impl.models import apply
+from jax_impl.objective import example_losses, predictions
+from spec.recipe import Loss
+
+
+class TrainState(NamedTuple):
+    """What a step changes: parameters, BatchNorm statistics, and the optimiser's state, all nested dicts of arrays."""
+
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """Of one batch, on the forward pass before the update (S8): mean loss in nats, and the count of right answers."""
+
+    loss: jax.Array
+    num_correct: jax.Array
+
+
+class ExampleMetrics(NamedTuple):
+    """Of each example of an evaluation: its loss in nats and the predicted class."""
+
+    loss: jax.Array
+    prediction: jax.Array
+
+
+TrainStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, StepMetrics]]
+EvalStep = Callable[[TrainState, jax.Array, jax.Array], ExampleMetrics]
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, loss: Loss, optimizer: optax.GradientTransformation, dtype: jnp.dtype
+) -> TrainStep:
+    """Return the function of (state, images [batch, ...], labels [batch] int32, dropout key) to (state, metrics).
+
+    `dtype` is that of the forward and backward pass; parameters keep their own.
+    """
+
+    def objective(params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, key: jax.Array):
+        logits, batch_stats = apply(
+            graphdef, _cast(params, dtype), batch_stats, images.astype(dtype), train=True, dropout_key=key
+        )
+        losses = example_losses(_at_least_float32(logits), labels, loss)
+        objective = losses.sum() if loss.reduction == "sum" else losses.mean()
+        metrics = StepMetrics(losses.mean(), jnp.sum(predictions(logits) == labels, dtype=jnp.int32))
+        return objective, (batch_stats, metrics)
+
+    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
+        grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(
+            state.params, state.batch_stats, images, labels, key
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(graphdef: nnx.GraphDef, loss: Loss, dtype: jnp.dtype) -> EvalStep:
+    """Return the function of (state, images [batch, ...], labels [batch] int32) to the metrics of each example."""
+
+    def eval_step(state: TrainState, images: jax.Array, labels: jax.Array) -> ExampleMetrics:
+        logits, _ = apply(graphdef, _cast(state.params, dtype), state.batch_stats, images.astype(dtype), train=False)
+        return ExampleMetrics(example_losses(_at_least_float32(logits), labels, loss), predictions(logits))
+
+    return eval_step
+
+
+def _cast(tree: dict, dtype: jnp.dtype) -> dict:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def _at_least_float32(logits: jax.Array) -> jax.Array:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,0 +1,30 @@
+"""`python -m jax_impl.train`: train a recipe's network and write its run directory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from spec import command_line
+from spec.errors import exit_status
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; JAX is imported only once the flags are known to be right."""
+    flags = command_line.parse(
+        sys.argv[1:] if arguments is None else arguments,
+        program="python -m jax_impl.train",
+        description="Train a recipe's network with JAX, Flax and optax.",
+    )
+    if flags.list:
+        command_line.print_recipes()
+    elif flags.print_config:
+        command_line.print_recipe(flags.config)
+    else:
+        from jax_impl.trainer import run
+
+        run(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

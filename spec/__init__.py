@@ -1,0 +1,1 @@
+"""What both implementations must do: recipes, data, order, counts, names. Imports neither framework."""

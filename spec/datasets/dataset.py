@@ -1,0 +1,65 @@
+"""A data set in memory, as NumPy arrays, and its preprocessing on the host (S1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from spec.errors import DataError
+from spec.recipe import Preprocessing
+
+
+class Split(NamedTuple):
+    """Inputs [n, height, width, channels] or [n, features] of any number type, and labels [n] int32."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A training split, a test split where there is one, and the name of each class."""
+
+    name: str
+    train: Split
+    test: Split | None
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.train.inputs.shape[1:]
+
+
+def preprocess(dataset: Dataset, preprocessing: Preprocessing) -> Dataset:
+    """Return the data set with float32 inputs: ((x / divisor) - mean) / std, in this order and in float32 (S1).
+
+    `standardize` then gives every column mean 0 and population standard deviation 1 over the training split; a
+    constant column is only centred. Raises DataError when a value overflows float32.
+    """
+
+    def normalize(split: Split) -> Split:
+        unit = split.inputs.astype(np.float32) / np.float32(preprocessing.divisor)
+        return Split((unit - np.float32(preprocessing.mean)) / np.float32(preprocessing.std), split.labels)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        train = normalize(dataset.train)
+        test = normalize(dataset.test) if dataset.test else None
+        if preprocessing.standardize:
+            mean = train.inputs.mean(axis=0, dtype=np.float64)
+            std = train.inputs.std(axis=0, dtype=np.float64)
+            std = np.where(std > 0, std, 1)
+            train = _standardize(train, mean, std)
+            test = _standardize(test, mean, std) if test else None
+    if not all(np.isfinite(split.inputs).all() for split in (train, test) if split):
+        raise DataError(f"{dataset.name} has values that overflow float32 after preprocessing; scale them down")
+    return replace(dataset, train=train, test=test)
+
+
+def _standardize(split: Split, mean: np.ndarray, std: np.ndarray) -> Split:
+    return Split(((split.inputs - mean) / std).astype(np.float32), split.labels)

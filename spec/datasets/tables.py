@@ -1,0 +1,171 @@
+"""Data sets that are no idx files: digits, breast cancer, CSV, synthetic, and a user's own map-style object."""
+
+from __future__ import annotations
+
+import csv
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spec.datasets.dataset import Dataset, Split
+from spec.datasets.sizes import num_held_out
+from spec.errors import DataError
+from spec.recipe import Data
+
+MAX_CLASSES = 65_536
+
+
+def load_digits(data: Data) -> Dataset:
+    """Return scikit-learn's 1,797 digits: images [n, 8, 8, 1] float64 in 0..16, which ship inside the package."""
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    classes = tuple(str(name) for name in bunch.target_names)
+    return held_out("digits", bunch.images[..., None], bunch.target, classes, data)
+
+
+def load_breast_cancer(data: Data) -> Dataset:
+    """Return scikit-learn's breast cancer table: [569, 30] float64, two classes."""
+    from sklearn.datasets import load_breast_cancer as load
+
+    bunch = load()
+    classes = tuple(str(name) for name in bunch.target_names)
+    return held_out("breast_cancer", bunch.data, bunch.target, classes, data)
+
+
+def load_synthetic(data: Data) -> Dataset:
+    """Return rows uniform in [0, high) and labels uniform over the classes, float64 [examples, features]."""
+    generator = np.random.default_rng([data.seed, *b"synthetic"])
+    inputs = generator.uniform(0, data.high, (data.num_examples, data.num_features))
+    labels = generator.integers(0, data.num_classes, data.num_examples)
+    classes = tuple(str(label) for label in range(data.num_classes))
+    return held_out("synthetic", inputs, labels, classes, data)
+
+
+def load_csv(data: Data) -> Dataset:
+    """Return the table in the file `data.path`: numbers, the label in the last column, a header line if there is one.
+
+    Labels are whole numbers; class k is the k-th smallest of them. Raises DataError naming the file and the row.
+    """
+    path = Path(data.path)
+    if data.path == "":
+        raise DataError("data.path is empty; name a CSV file with --data.path FILE")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is no file; name a CSV file with --data.path FILE")
+    table = _read_table(path)
+    if table.shape[1] < 2:
+        raise DataError(f"{path} has one column; it needs one feature at least, and the label in the last column")
+    _refuse(path, ~np.isfinite(table), table, "every value must be a finite number")
+    labels = table[:, -1:]
+    _refuse(path, labels != np.round(labels), labels, "the last column must hold whole-number labels")
+    values, labels = np.unique(labels.ravel(), return_inverse=True)
+    classes = tuple(str(int(value)) for value in values)
+    return held_out("csv", table[:, :-1], labels, classes, data)
+
+
+def load_map_style(data: Data) -> Dataset:
+    """Return the map-style object that `data.path` names as `module:object`; a callable is called first."""
+    try:
+        found = pkgutil.resolve_name(data.path)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise DataError(
+            f"data.path {data.path!r} names no object: {error}; write module:object, the module importable from here"
+        ) from None
+    return from_map_style(found if hasattr(found, "__getitem__") else found(), data)
+
+
+def from_map_style(items: Any, data: Data) -> Dataset:
+    """Return a data set from an object with `len(items)` and `items[i] -> (input, label)`; inputs keep their dtype.
+
+    Inputs are arrays of one shape, [features] or [height, width, channels]; labels are integers from 0.
+    """
+    if not hasattr(items, "__len__") or not hasattr(items, "__getitem__"):
+        raise DataError(f"a map-style data set has a length and items; {type(items).__name__} has not")
+    if len(items) == 0:
+        raise DataError("the map-style data set is empty; give it one example at least")
+    pairs = [items[index] for index in range(len(items))]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise DataError("an item of the map-style data set is not a pair (input, label)")
+    inputs = [np.asarray(pair[0]) for pair in pairs]
+    if len(shapes := {array.shape for array in inputs}) > 1:
+        raise DataError(f"the inputs have different shapes, {sorted(shapes)[:2]} among them; give them one shape")
+    labels = np.asarray([pair[1] for pair in pairs])
+    classes = getattr(items, "classes", None)
+    if classes is None and np.issubdtype(labels.dtype, np.integer):
+        classes = [str(label) for label in range(labels.max() + 1)]
+    return held_out("map_style", np.stack(inputs), labels, tuple(classes or ()), data)
+
+
+def held_out(
+    name: str, inputs: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], data: Data
+) -> Dataset:
+    """Return the data set with round(n * test_fraction) examples held out, drawn by `default_rng([seed, *b"split"])`."""
+    _check(name, inputs, labels, class_names)
+    labels = labels.astype(np.int32)
+    num_test = num_held_out(len(labels), data.test_fraction)
+    if num_test == len(labels):
+        raise DataError(f"data.test_fraction {data.test_fraction} leaves no example of {len(labels)} to train on")
+    if num_test == 0:
+        return Dataset(name=name, train=Split(inputs, labels), test=None, class_names=class_names)
+    order = np.random.default_rng([data.seed, *b"split"]).permutation(len(labels))
+    test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
+    return Dataset(
+        name=name,
+        train=Split(inputs[train], labels[train]),
+        test=Split(inputs[test], labels[test]),
+        class_names=class_names,
+    )
+
+
+def _check(name: str, inputs: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> None:
+    if inputs.ndim not in (2, 4) or 0 in inputs.shape or inputs.dtype.kind not in "buif":
+        raise DataError(
+            f"{name} has inputs of shape {list(inputs.shape)} and dtype {inputs.dtype}; "
+            "numbers [examples, features] or [examples, height, width, channels] are needed"
+        )
+    if not np.isfinite(inputs).all():
+        raise DataError(f"{name} has {np.count_nonzero(~np.isfinite(inputs))} input values that are not finite")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(f"{name} has labels of shape {list(labels.shape)}, {labels.dtype}; one integer each is needed")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise DataError(
+            f"{name} has labels from {labels.min()} to {labels.max()}; with {len(class_names)} classes they must run "
+            f"from 0 to {len(class_names) - 1}"
+        )
+    if not 2 <= len(class_names) <= MAX_CLASSES:
+        raise DataError(f"{name} has {len(class_names)} classes; it needs 2 to {MAX_CLASSES:,}")
+
+
+def _read_table(path: Path) -> np.ndarray:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = _is_header(next(csv.reader(file), []))
+        table = np.loadtxt(
+            path, delimiter=",", skiprows=int(header), ndmin=2, quotechar='"', encoding="utf-8-sig", comments=None
+        )
+    except (OSError, UnicodeError, ValueError, csv.Error) as error:
+        message = str(error).removesuffix(".")
+        counted = " (rows count from 0, the header left out)" if "at row" in message else ""
+        raise DataError(f"{path} cannot be read as numbers: {message}{counted}; mend or drop that row") from None
+    if table.size == 0:
+        raise DataError(f"{path} holds no rows")
+    return table
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Say whether a first row is a header: no field of it is a number."""
+    for field in fields:
+        try:
+            float(field)
+        except ValueError:
+            continue
+        return False
+    return bool(fields)
+
+
+def _refuse(path: Path, bad: np.ndarray, values: np.ndarray, rule: str) -> None:
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise DataError(f"{path} has {values[row, column]} in data row {row + 1}; {rule}")

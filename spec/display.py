@@ -1,0 +1,79 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere, nothing but the last line when quiet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spec.batches import Counts
+
+
+class Display:
+    """Shows the figures of `spec.history`; never reads or changes them."""
+
+    def __init__(self, *, quiet: bool, console: Console | None = None) -> None:
+        self.quiet = quiet
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+
+    @contextmanager
+    def running(self, counts: Counts) -> Iterator[None]:
+        """Show the bar while the body runs, on a terminal."""
+        self.epochs = counts.epochs
+        if self.quiet or not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as self.bar:
+            self.task = self.bar.add_task(f"epoch 1/{self.epochs}", total=counts.steps, figures="")
+            yield
+        self.bar = None
+
+    def line(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def progress(self, figures: Mapping[str, float]) -> None:
+        loss, accuracy = figures["batch_loss"], figures["cumulative_train_accuracy"]
+        if self.bar:
+            self.bar.update(
+                self.task,
+                completed=figures["step"],
+                description=f"epoch {figures['epoch']}/{self.epochs}",
+                figures=f"loss {loss:.4f}  cumulative accuracy {accuracy:.4f}",
+            )
+            return
+        seen, total = figures["examples_seen"], figures["examples"]
+        self.line(
+            f"epoch {figures['epoch']}  {seen:,} of {total:,} ({seen / total:.0%})  "
+            f"loss {loss:.4f}  cumulative accuracy {accuracy:.4f}"
+        )
+
+    def epoch(self, figures: Mapping) -> None:
+        tested = "" if figures["test_loss"] is None else (
+            f"  test loss {figures['test_loss']:.4f} accuracy {figures['test_accuracy']:.4f}"
+        )
+        self.line(
+            f"epoch {figures['epoch']}/{self.epochs} done in {figures['seconds']:.2f} s  "
+            f"train loss {figures['train_loss']:.4f} accuracy {figures['train_accuracy']:.4f}{tested}"
+        )
+
+    def last_line(self, summary: Mapping, path: Path) -> None:
+        """Print the outcome, quiet or not: test accuracy (or the training one, without a test split), time, place."""
+        split = "train" if summary["test_accuracy"] is None else "test"
+        self.console.print(
+            f"{summary['recipe']}: {split} accuracy {summary[f'{split}_accuracy']:.4f} after {summary['steps']:,} steps, "
+            f"{summary['seconds']:.1f} s and {summary['compile_seconds']:.1f} s compiling; {path}",
+            markup=False,
+        )
