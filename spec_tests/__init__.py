@@ -1,0 +1,1 @@
+"""Tests and measurements over both implementations; nothing imports them."""

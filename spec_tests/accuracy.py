@@ -1,0 +1,117 @@
+"""`python -m spec_tests.accuracy RECIPE ...`: train each recipe with several seeds, keep the figures, print the table.
+
+Each run is a process of its own, as a user starts it. Figures go to `results/accuracy.json`, which README's table and
+the recipes' `expected` are held against.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from spec import recipe as recipes
+from spec.errors import UserError, exit_status
+from spec.files import write_atomic
+
+RESULTS = Path("results") / "accuracy.json"
+KEPT = ("test_accuracy", "train_accuracy", "cumulative_train_accuracy", "seconds", "compile_seconds")
+LESSON = {
+    "softmax-regression": "train 0.853 to 0.864",
+    "sigmoid-mlp": "47 % (cumulative train)",
+    "mlp512": "87.60 %",
+    "mnist-mlp512": "97.45 %",
+    "deep-mlp": "about 87 %",
+    "cnn": "91.53 %",
+    "mlp128": "middling",
+    "mlp128-batchnorm": "up 5 % at once",
+    "mnist-mlp256": "curves only",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m spec_tests.accuracy", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipes", nargs="*", help="names; none prints the table of the figures there are")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default: 3)")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's own; kept as 'NAME, N epochs'")
+    parser.add_argument("--data-dir", type=Path, help="a directory that holds the idx files")
+    arguments = parser.parse_args()
+    results = load_results()
+    for name in arguments.recipes:
+        recipes.load(name)
+        key = name if arguments.epochs is None else f"{name}, {arguments.epochs} epochs"
+        results[key] = measure(name, arguments)
+        RESULTS.parent.mkdir(exist_ok=True)
+        write_atomic(RESULTS, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
+    print(table(results))
+
+
+def load_results() -> dict[str, dict]:
+    """Return the kept figures: by recipe, lists over the seeds, and where they come from."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict:
+    """Train `name` with every seed; return the lists of figures, the date, the versions and the machine."""
+    summaries = []
+    for seed in range(arguments.seeds):
+        start = time.perf_counter()
+        summary = _train(name, seed, arguments)
+        summaries.append(summary | {"process_seconds": time.perf_counter() - start})
+        print(f"{name} seed {seed}: test accuracy {summary['test_accuracy']}", file=sys.stderr)
+    return {
+        "seeds": list(range(arguments.seeds)),
+        "epochs": summaries[0]["epochs"],
+        "steps": summaries[0]["steps"],
+        **{figure: [summary[figure] for summary in summaries] for figure in (*KEPT, "process_seconds")},
+        "lesson_metrics": [summary["lesson_metrics"] for summary in summaries],
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": summaries[0]["versions"],
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {summaries[0]['devices'][0]}",
+    }
+
+
+def _train(name: str, seed: int, arguments: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "-m", "jax_impl.train", "--quiet", "--recipe", name, "--seed", str(seed)]
+        command += ["--out", str(out)]
+        command += ["--epochs", str(arguments.epochs)] if arguments.epochs else []
+        command += ["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.returncode:
+            raise UserError(f"{' '.join(command)} exited {ended.returncode}: {ended.stderr.strip()}")
+        return json.loads((out / "summary.json").read_text())
+
+
+def table(results: dict[str, dict]) -> str:
+    """Return the figures as a Markdown table: mean and standard deviation over the seeds, median seconds."""
+    lines = [
+        "| recipe | lesson | test accuracy | cumulative train | seeds | epochs x steps | seconds, whole process |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, result in sorted(results.items()):
+        per_epoch = result["steps"] // result["epochs"]
+        lines.append(
+            f"| `{key}` | {LESSON.get(key, '-')} | {_mean_sd(result['test_accuracy'])} | "
+            f"{_mean_sd(result['cumulative_train_accuracy'])} | {len(result['seeds'])} | "
+            f"{result['epochs']} x {per_epoch} | {statistics.median(result['process_seconds']):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean_sd(values: list[float | None]) -> str:
+    if None in values:
+        return "-"
+    return f"{statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
