@@ -76,6 +76,14 @@ class Trainer:
         """Return the present parameters and running statistics, canonical names and layouts (`spec.params`)."""
         return to_canonical(self._state.params, self._state.batch_stats, self.leaves)
 
+    def training(self, *, epochs: int) -> Iterator[None]:
+        """Train without evaluating, an epoch at each `next`, and wait for the device: what `spec_tests.speed` times."""
+        with precision_scope(self.recipe.precision):
+            for epoch in range(1, epochs + 1):
+                for _ in self._run_epoch(epoch, self.counts.steps_per_epoch):
+                    pass
+                yield
+
     def _run_epoch(self, epoch: int, steps_per_call: int) -> Iterator[StepsDone]:
         order = self._put_array(epoch_order(self.recipe.seed, epoch, self.counts.num_examples).astype(np.int32))
         waiting: tuple[Span, StepMetrics] | None = None

@@ -1,0 +1,1 @@
+"""The torch side: as short as it can be."""

@@ -1,0 +1,105 @@
+"""The lesson's own program: torchvision's data set, a shuffling DataLoader, a loop over batches, one process.
+
+`python -m torch_ref.lesson [--recipe NAME] [--epochs N]` trains an MLP recipe as the lesson does, with torch's own
+initialisation and order, and prints each epoch's training accuracy and the test accuracy. It is what speed is measured
+against, so nothing in it is tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from spec import recipe as recipes
+from spec.datasets import cache, sources
+from spec.datasets.catalog import IDX_SETS
+from spec.errors import RecipeError, exit_status
+from spec.recipe import Recipe
+from torch_ref.vision import torchvision
+
+ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m torch_ref.lesson", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--recipe", default="mlp128", help="an MLP recipe on idx data (default: mlp128)")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
+    arguments = parser.parse_args()
+    recipe = recipes.load(arguments.recipe)
+    torch.manual_seed(recipe.seed)
+    model, optimizer = network(recipe)
+    train_batches, test_batches = (batches(recipe, train=train) for train in (True, False))
+    for epoch in range(1, (arguments.epochs or recipe.epochs) + 1):
+        start = time.perf_counter()
+        accuracy = train_epoch(model, optimizer, train_batches)
+        print(f"epoch {epoch}: train accuracy {accuracy:.4f}, {time.perf_counter() - start:.2f} s")
+    print(f"test accuracy {evaluate(model, test_batches):.4f}")
+
+
+def network(recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return the recipe's MLP and its SGD; RecipeError for what the lesson's loop does not cover."""
+    if recipe.model.name != "mlp" or recipe.model.input_batchnorm or recipe.optimizer.name != "sgd":
+        raise RecipeError(f"{recipe.name} is not one of the lesson's plain MLPs with SGD; try mlp128 or mlp512")
+    sizes = (28 * 28, *recipe.model.hidden_sizes, 10)
+    linear = [nn.Linear(ins, outs, bias=recipe.model.bias) for ins, outs in itertools.pairwise(sizes)]
+    activations = [ACTIVATIONS[name]() for name in recipe.model.activations]
+    layers = [layer for pair in zip(linear, activations, strict=False) for layer in pair] + linear[-1:]
+    model = nn.Sequential(nn.Flatten(), *layers)
+    options = recipe.optimizer
+    return model, torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
+
+
+def batches(recipe: Recipe, *, train: bool) -> DataLoader:
+    """Return the lesson's DataLoader over torchvision's data set in the shared cache."""
+    idx_set = IDX_SETS.get(recipe.data.name)
+    if idx_set is None:
+        raise RecipeError(f"{recipe.name} reads {recipe.data.name}; the lesson's loop reads fashion_mnist and mnist")
+    sources.ensure(idx_set)
+    transforms = torchvision.transforms
+    steps = [transforms.ToTensor()]
+    if (recipe.preprocessing.mean, recipe.preprocessing.std) != (0, 1):
+        steps.append(transforms.Normalize(recipe.preprocessing.mean, recipe.preprocessing.std))
+    dataset = getattr(torchvision.datasets, idx_set.folder)(
+        cache.root(), train=train, transform=transforms.Compose(steps), download=False
+    )
+    drop_last = train and recipe.last_batch == "drop"
+    return DataLoader(dataset, batch_size=recipe.batch_size, shuffle=train, drop_last=drop_last)
+
+
+def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader) -> float:
+    """Train over every batch of `loader`; return the accuracy on the forward passes."""
+    objective = nn.CrossEntropyLoss()
+    model.train()
+    correct = seen = 0
+    for images, labels in loader:
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = objective(logits, labels)
+        loss.backward()
+        optimizer.step()
+        correct += (logits.argmax(1) == labels).sum().item()
+        seen += len(labels)
+    return correct / seen
+
+
+def evaluate(model: nn.Module, loader: DataLoader) -> float:
+    """Return the accuracy over every example of `loader`."""
+    model.eval()
+    return sum(_correct(model, loader)) / len(loader.dataset)
+
+
+@torch.no_grad()
+def _correct(model: nn.Module, loader: DataLoader) -> Iterator[int]:
+    for images, labels in loader:
+        yield (model(images).argmax(1) == labels).sum().item()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
