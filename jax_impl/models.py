@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
@@ -24,7 +25,7 @@ class MLP(nnx.Module):
         self.activations = model.activations
         self.input_batchnorm = model.input_batchnorm
         sizes = (math.prod(input_shape), *model.hidden_sizes, outputs)
-        for index, (inputs, units) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+        for index, (inputs, units) in enumerate(itertools.pairwise(sizes), start=1):
             setattr(self, f"linear{index}", nnx.Linear(inputs, units, use_bias=bool(model.bias), rngs=rngs))
 
     def __call__(self, images: jax.Array, *, train: bool, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -38,7 +39,7 @@ class MLP(nnx.Module):
 
 
 class CNN(nnx.Module):
-    """Blocks of 3x3 convolution, BatchNorm, relu, 2x2 max-pooling; then of linear, BatchNorm, relu, dropout; then linear.
+    """Blocks of 3x3 convolution, BatchNorm, relu, 2x2 max-pool; of linear, BatchNorm, relu, dropout; then linear.
 
     `conv1`, `norm1`, ..., then `linear1` with the next norm, and so on. Convolutions pad by 1 (written out, S3).
     """
@@ -51,14 +52,14 @@ class CNN(nnx.Module):
             setattr(self, f"norm{index}", BatchNorm(channels, rngs=rngs))
             height, width, inputs = height // 2, width // 2, channels
         sizes = (height * width * inputs, *model.hidden_sizes, outputs)
-        for index, (ins, units) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+        for index, (ins, units) in enumerate(itertools.pairwise(sizes), start=1):
             setattr(self, f"linear{index}", nnx.Linear(ins, units, rngs=rngs))
         for index, units in enumerate(model.hidden_sizes, start=self.num_convs + 1):
             setattr(self, f"norm{index}", BatchNorm(units, rngs=rngs))
         self.dropout = nnx.Dropout(model.dropout)
 
     def __call__(self, images: jax.Array, *, train: bool, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Return logits [batch, outputs] for `images` [batch, height, width, channels]; training needs `dropout_key`."""
+        """Return logits [batch, outputs] for `images` [batch, h, w, channels]; training needs `dropout_key`."""
         hidden = images
         for index in range(1, self.num_convs + 1):
             hidden = getattr(self, f"norm{index}")(getattr(self, f"conv{index}")(hidden), train=train)

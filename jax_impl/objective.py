@@ -27,7 +27,7 @@ def example_losses(logits: jax.Array, labels: jax.Array, loss: Loss) -> jax.Arra
 
 
 def predictions(logits: jax.Array) -> jax.Array:
-    """Return the most probable class of each example, int32 [batch]; of equal ones the first; one logit: is it over 0."""
+    """Return the most probable class of each example, int32 [batch], the first of equals; one logit: is it over 0."""
     if logits.shape[-1] == 1:
         return (logits[:, 0] > 0).astype(jnp.int32)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -12,7 +12,8 @@ from spec.recipe import Recipe
 def optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
     """Return the recipe's update rule.
 
-    SGD, with g' = g + wd p: b_1 = g'_1, b_t = mu b_{t-1} + (1 - d) g'_t, p -= lr_t (g'_t + mu b_t if nesterov else b_t).
+    SGD, with g' = g + wd p: b_1 = g'_1; b_t = mu b_{t-1} + (1 - d) g'_t; p -= lr_t (g'_t + mu b_t, or b_t if not
+    nesterov).
     Adam: Kingma and Ba, arXiv 1412.6980, with the same coupled decay. lr_t is constant within an epoch.
     """
     options = recipe.optimizer

@@ -66,7 +66,7 @@ class Trainer:
                 yield EpochDone(epoch=epoch, seconds=seconds, test_losses=test_losses, test_correct=test_correct)
 
     def evaluate(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-        """Return loss [n] and correctness [n] of each test example under the present state; None without a test split."""
+        """Return loss [n] and correctness [n] of each test example as the state is now; None without a test split."""
         if self.test_split is None:
             return None, None
         metrics = self._evaluate(self._state, self.test_split)

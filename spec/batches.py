@@ -25,18 +25,22 @@ class Counts:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Return the steps of an epoch, a short last one included."""
         return self.full_steps + (self.short_batch_size > 0)
 
     @property
     def examples_per_epoch(self) -> int:
+        """Return the examples an epoch trains on."""
         return self.full_steps * self.batch_size + self.short_batch_size
 
     @property
     def steps(self) -> int:
+        """Return the steps of the whole run."""
         return self.steps_per_epoch * self.epochs
 
     @property
     def examples_seen(self) -> int:
+        """Return the examples the whole run trains on, each as often as it is seen."""
         return self.examples_per_epoch * self.epochs
 
     def batch_sizes(self) -> np.ndarray:

@@ -41,10 +41,12 @@ class Display:
         self.bar = None
 
     def line(self, text: str) -> None:
+        """Print `text`, unless quiet."""
         if not self.quiet:
             self.console.print(text, markup=False)
 
     def progress(self, figures: Mapping[str, float]) -> None:
+        """Show the lesson's progress line, in the bar or as a line."""
         loss, accuracy = figures["batch_loss"], figures["cumulative_train_accuracy"]
         if self.bar:
             self.bar.update(
@@ -61,8 +63,11 @@ class Display:
         )
 
     def epoch(self, figures: Mapping) -> None:
-        tested = "" if figures["test_loss"] is None else (
-            f"  test loss {figures['test_loss']:.4f} accuracy {figures['test_accuracy']:.4f}"
+        """Print the figures of an epoch that ended."""
+        tested = (
+            ""
+            if figures["test_loss"] is None
+            else (f"  test loss {figures['test_loss']:.4f} accuracy {figures['test_accuracy']:.4f}")
         )
         self.line(
             f"epoch {figures['epoch']}/{self.epochs} done in {figures['seconds']:.2f} s  "
@@ -70,10 +75,11 @@ class Display:
         )
 
     def last_line(self, summary: Mapping, path: Path) -> None:
-        """Print the outcome, quiet or not: test accuracy (or the training one, without a test split), time, place."""
+        """Print the outcome, quiet or not: test accuracy (without a test split, the training one), time, place."""
         split = "train" if summary["test_accuracy"] is None else "test"
+        accuracy = summary[f"{split}_accuracy"]
         self.console.print(
-            f"{summary['recipe']}: {split} accuracy {summary[f'{split}_accuracy']:.4f} after {summary['steps']:,} steps, "
+            f"{summary['recipe']}: {split} accuracy {accuracy:.4f} after {summary['steps']:,} steps, "
             f"{summary['seconds']:.1f} s and {summary['compile_seconds']:.1f} s compiling; {path}",
             markup=False,
         )

@@ -31,7 +31,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`; return 0, 2 after a `UserError`, 130 after an interrupt, 141 when the reader of our output left."""
+    """Run `program`; return 0, 2 after a `UserError`, 130 after an interrupt, 141 when our output's reader left."""
     try:
         program()
         sys.stdout.flush()

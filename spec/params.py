@@ -1,12 +1,13 @@
 """Canonical parameter names and layouts, and the initial state drawn from (seed, name) (S3).
 
-Names and layouts are those of a torch `state_dict`: a linear weight is [out, in], a convolution's [out, in, h, w], and a
-flattened image runs channel, row, column. A state is a flat dict from name to array; parameters and BatchNorm's running
-statistics (`*.running_mean`, `*.running_var`) stand in it together.
+Names and layouts are those of a torch `state_dict`: a linear weight is [out, in], a convolution [out, in, h, w], and a
+flattened image runs channel, row, column. A state is a flat dict from name to array; parameters and BatchNorm's
+running statistics (`*.running_mean`, `*.running_var`) stand in it together.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Leaf:
 
     @property
     def trained(self) -> bool:
+        """Say whether the optimiser changes it."""
         return self.role not in ("running_mean", "running_var")
 
 
@@ -96,9 +98,7 @@ def _draw(leaf: Leaf, init: Init, seed: int) -> np.ndarray:
     return np.zeros(leaf.shape, np.float32)
 
 
-def _linear(
-    name: str, inputs: int, outputs: int, *, bias: bool, flattened: tuple[int, ...] = ()
-) -> Iterator[Leaf]:
+def _linear(name: str, inputs: int, outputs: int, *, bias: bool, flattened: tuple[int, ...] = ()) -> Iterator[Leaf]:
     image = (flattened[0], flattened[1], flattened[2]) if len(flattened) == 3 else None
     yield Leaf(name=f"{name}.weight", shape=(outputs, inputs), role="weight", fan_in=inputs, flattened=image)
     if bias:
@@ -120,7 +120,7 @@ def _mlp_leaves(model: Model, input_shape: tuple[int, ...], outputs: int) -> Ite
     if model.input_batchnorm:
         yield from _batchnorm("norm0", 1)
     sizes = (math.prod(input_shape), *model.hidden_sizes, outputs)
-    for index, (inputs, units) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+    for index, (inputs, units) in enumerate(itertools.pairwise(sizes), start=1):
         flattened = input_shape if index == 1 else ()
         yield from _linear(f"linear{index}", inputs, units, bias=bool(model.bias), flattened=flattened)
 
@@ -141,7 +141,7 @@ def _cnn_leaves(model: Model, input_shape: tuple[int, ...], outputs: int) -> Ite
         yield from _batchnorm(f"norm{index}", outs)
         height, width, inputs = height // 2, width // 2, outs
     sizes = (height * width * inputs, *model.hidden_sizes, outputs)
-    for index, (ins, units) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+    for index, (ins, units) in enumerate(itertools.pairwise(sizes), start=1):
         flattened = (height, width, inputs) if index == 1 else ()
         yield from _linear(f"linear{index}", ins, units, bias=True, flattened=flattened)
         if index <= len(model.hidden_sizes):

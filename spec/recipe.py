@@ -306,7 +306,9 @@ def _adapter() -> TypeAdapter[Recipe]:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            raise RecipeError(f"recipe file {path} does not exist; --list shows the recipes that ship with this package")
+            raise RecipeError(
+                f"recipe file {path} does not exist; --list shows the recipes that ship with this package"
+            )
         if path.stat().st_size > 1_000_000:
             raise RecipeError(f"recipe file {path} has over 1,000,000 bytes; a recipe is a short TOML file")
         text = path.read_text("utf-8")
@@ -363,7 +365,9 @@ def _unused_or_missing(recipe: Recipe) -> list[str]:
                 mistakes.append(f"{section}.{field} is missing: {part.name} needs it; state it, or add {option}")
             elif field not in used and value is not None:
                 option = f"--{section}.{field.replace('_', '-')} None"
-                mistakes.append(f"{section}.{field} {value!r} is not used by {part.name}; leave it out, or add {option}")
+                mistakes.append(
+                    f"{section}.{field} {value!r} is not used by {part.name}; leave it out, or add {option}"
+                )
     if (recipe.init.std is None) == ("normal" in (recipe.init.weight, recipe.init.bias)):
         mistakes.append(f"init.std {recipe.init.std}: a normal weight or bias needs it, and nothing else does")
     return mistakes

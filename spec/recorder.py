@@ -43,6 +43,6 @@ def _refuse_divergence(event: StepsDone, recipe: Recipe) -> None:
     bad = np.flatnonzero(~np.isfinite(event.losses))
     if bad.size:
         raise DivergedError(
-            f"the loss is {event.losses[bad[0]]} at epoch {event.epoch}, step {event.start + bad[0]}: the run diverged; "
+            f"the loss is {event.losses[bad[0]]} at epoch {event.epoch}, step {event.start + bad[0]}: it diverged; "
             f"lower --learning-rate (now {recipe.optimizer.learning_rate:g}), or scale the inputs down"
         )

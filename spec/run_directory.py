@@ -1,4 +1,4 @@
-"""A run directory: `config.json`, `metrics.jsonl`, `summary.json`, `weights.safetensors`; the same from both frameworks."""
+"""A run directory: `config.json`, `metrics.jsonl`, `summary.json`, `weights.safetensors`; the same of both sides."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def check_usable(path: Path, *, overwrite: bool) -> None:
         raise RunDirectoryError(f"--out {path} is a file; name a directory that does not exist yet")
     there = sorted(item.name for item in _listing(path))
     if there and not overwrite:
-        raise RunDirectoryError(f"--out {path} is not empty; name another directory, or add --overwrite to replace the run")
+        raise RunDirectoryError(
+            f"--out {path} is not empty; name another directory, or add --overwrite to replace the run"
+        )
     if strangers := [name for name in there if name not in FILES]:
         raise RunDirectoryError(
             f"--overwrite replaces a run, and {path} holds more: {', '.join(strangers[:3])}; name another directory"
@@ -77,7 +79,9 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            raise RunDirectoryError(f"the run directory {self.path} cannot be written: {error}; name another --out") from None
+            raise RunDirectoryError(
+                f"the run directory {self.path} cannot be written: {error}; name another --out"
+            ) from None
 
 
 def _listing(path: Path) -> list[Path]:

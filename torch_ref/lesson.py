@@ -28,6 +28,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m torch_ref.lesson", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="mlp128", help="an MLP recipe on idx data (default: mlp128)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own")

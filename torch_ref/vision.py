@@ -1,8 +1,8 @@
 """torchvision, mended where its compiled operators do not load.
 
-torchvision's wheels are built against CUDA builds of torch. Beside a CPU-only torch its extension does not load, and the
-import fails on `operator torchvision::nms does not exist`. Declaring the schemas of the two operators that it registers
-at import is enough: nothing here calls them. Seen with torchvision 0.28 on torch 2.13.
+torchvision's wheels are built against CUDA builds of torch. Beside a CPU-only torch its extension does not load, and
+the import fails on `operator torchvision::nms does not exist`. Declaring the schemas of the two operators that it
+registers at import is enough: nothing here calls them. Seen with torchvision 0.28 on torch 2.13.
 """
 
 from __future__ import annotations

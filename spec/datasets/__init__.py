@@ -46,7 +46,9 @@ def load(data: Data, *, data_dir: Path | None = None, data_source: DataSource = 
 
 def _refuse_for_tables(name: str, data_dir: Path | None, data_source: DataSource) -> None:
     if data_dir is not None:
-        raise DataError(f"--data-dir {data_dir} is for fashion_mnist and mnist; {name} reads no idx files; leave it out")
+        raise DataError(
+            f"--data-dir {data_dir} is for fashion_mnist and mnist; {name} reads no idx files; leave it out"
+        )
     if data_source != "idx":
         raise DataError(f"--data-source {data_source} is for fashion_mnist and mnist; {name} has none; leave it out")
 

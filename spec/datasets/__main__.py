@@ -12,6 +12,7 @@ from spec.errors import DataError, exit_status
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m spec.datasets", description=__doc__, allow_abbrev=False)
     parser.add_argument("action", choices=["fetch", "verify"], help="fill the cache, mending it; or only check it")
     parser.add_argument("name", choices=sorted(IDX_SETS), help="the data set")

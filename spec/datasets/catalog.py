@@ -23,6 +23,7 @@ class IdxFile:
 
     @property
     def num_bytes(self) -> int:
+        """Return the length of the decompressed file."""
         return 4 + 4 * len(self.shape) + math.prod(self.shape)
 
     def parse(self, content: bytes, *, source: str) -> np.ndarray:

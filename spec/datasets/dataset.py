@@ -29,10 +29,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """Return how many classes there are."""
         return len(self.class_names)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
+        """Return the shape of one example."""
         return self.train.inputs.shape[1:]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import pkgutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def load_map_style(data: Data) -> Dataset:
         raise DataError(
             f"data.path {data.path!r} names no object: {error}; write module:object, the module importable from here"
         ) from None
-    return from_map_style(found if hasattr(found, "__getitem__") else found(), data)
+    return from_map_style(found() if callable(found) else found, data)
 
 
 def from_map_style(items: Any, data: Data) -> Dataset:
@@ -98,10 +99,8 @@ def from_map_style(items: Any, data: Data) -> Dataset:
     return held_out("map_style", np.stack(inputs), labels, tuple(classes or ()), data)
 
 
-def held_out(
-    name: str, inputs: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], data: Data
-) -> Dataset:
-    """Return the data set with round(n * test_fraction) examples held out, drawn by `default_rng([seed, *b"split"])`."""
+def held_out(name: str, inputs: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], data: Data) -> Dataset:
+    """Return the data set with round(n * test_fraction) examples held out, by `default_rng([seed, *b"split"])`."""
     _check(name, inputs, labels, class_names)
     labels = labels.astype(np.int32)
     num_test = num_held_out(len(labels), data.test_fraction)
@@ -142,9 +141,11 @@ def _read_table(path: Path) -> np.ndarray:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = _is_header(next(csv.reader(file), []))
-        table = np.loadtxt(
-            path, delimiter=",", skiprows=int(header), ndmin=2, quotechar='"', encoding="utf-8-sig", comments=None
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a file without rows, which is refused below
+            table = np.loadtxt(
+                path, delimiter=",", skiprows=int(header), ndmin=2, quotechar='"', encoding="utf-8-sig", comments=None
+            )
     except (OSError, UnicodeError, ValueError, csv.Error) as error:
         message = str(error).removesuffix(".")
         counted = " (rows count from 0, the header left out)" if "at row" in message else ""

@@ -1,0 +1,96 @@
+"""What the tests share: real data where it is, made-up images where it does not matter, the command line in-process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from jax_impl import train
+from spec import datasets
+from spec.datasets import Dataset, Split, cache
+from spec.datasets.catalog import IDX_SETS
+from spec.errors import exit_status
+from spec.recipe import Data
+
+SHARED_MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+
+
+class Ended(NamedTuple):
+    """How a command ended: exit status, standard output, standard error."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def trainer_command() -> Callable[..., Ended]:
+    """Return a function that runs `python -m jax_impl.train` with its arguments, in this process."""
+
+    def command(*arguments: object) -> Ended:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = exit_status(lambda: train.main([str(argument) for argument in arguments]))
+            except SystemExit as left:
+                status = left.code or 0
+        return Ended(status, out.getvalue(), err.getvalue())
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Dataset:
+    """Return the real Fashion-MNIST; skip where no source has it (`make test` fetches it)."""
+    if cache.missing_files(IDX_SETS["fashion_mnist"]):
+        pytest.skip("Fashion-MNIST is not in the cache; `python -m spec.datasets fetch fashion_mnist` fetches it")
+    return datasets.load(Data(name="fashion_mnist"))
+
+
+@pytest.fixture(scope="session")
+def mnist() -> Dataset:
+    """Return the real MNIST, from the cache or from the shared copy; skip where there is neither."""
+    if not cache.missing_files(IDX_SETS["mnist"]):
+        return datasets.load(Data(name="mnist"))
+    if not SHARED_MNIST.is_dir():
+        pytest.skip(f"MNIST is not in the cache, and {SHARED_MNIST} is not there")
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        import tempfile
+
+        patch.setenv("LOCKSTEP_CACHE", stack.enter_context(tempfile.TemporaryDirectory()))
+        return datasets.load(Data(name="mnist"), data_dir=SHARED_MNIST)
+
+
+def made_up_images(num_train: int, num_test: int, *, seed: int = 0) -> Dataset:
+    """Return random images [n, 28, 28, 1] uint8 of ten classes; class k is brighter in row k, so it can be learned."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 10, num_train + num_test).astype(np.int32)
+    images = generator.integers(0, 100, (len(labels), 28, 28, 1), dtype=np.uint8)
+    images[np.arange(len(labels)), labels * 2] += 150
+    return Dataset(
+        name="made_up",
+        train=Split(images[:num_train], labels[:num_train]),
+        test=Split(images[num_train:], labels[num_train:]),
+        class_names=tuple("0123456789"),
+    )
+
+
+class MadeUpImages:
+    """A map-style data set of 260 images, as a user would write one: length, items, class names."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self) -> None:
+        self.images, self.labels = made_up_images(260, 1).train
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], int(self.labels[index])
