@@ -35,7 +35,8 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> float | optax.Schedul
         of_epoch = optax.exponential_decay(rate, schedule.step_epochs, schedule.gamma, staircase=True)
     else:
         of_epoch = optax.cosine_decay_schedule(rate, recipe.epochs, alpha=schedule.final_learning_rate / rate)
-    return lambda step: of_epoch(step // steps_per_epoch)
+    # An integer count would be divided in float32 even in a float64 run: it is made the default float first.
+    return lambda step: of_epoch(jnp.asarray(step // steps_per_epoch, jnp.result_type(float)))
 
 
 def _dampen(dampening: float) -> optax.GradientTransformation:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import io
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +16,8 @@ import pytest
 
 from jax_impl import train
 from spec import datasets
-from spec.datasets import Dataset, Split, cache
-from spec.datasets.catalog import IDX_SETS
+from spec.datasets import Dataset, Split, cache, catalog
+from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
 from spec.errors import exit_status
 from spec.recipe import Data
 
@@ -61,8 +64,6 @@ def mnist() -> Dataset:
     if not SHARED_MNIST.is_dir():
         pytest.skip(f"MNIST is not in the cache, and {SHARED_MNIST} is not there")
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        import tempfile
-
         patch.setenv("LOCKSTEP_CACHE", stack.enter_context(tempfile.TemporaryDirectory()))
         return datasets.load(Data(name="mnist"), data_dir=SHARED_MNIST)
 
@@ -94,3 +95,30 @@ class MadeUpImages:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.images[index], int(self.labels[index])
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+
+
+ARRAYS = {
+    "train-images-idx3-ubyte": np.arange(6 * 28 * 28, dtype=np.uint8).reshape(6, 28, 28),
+    "train-labels-idx1-ubyte": np.array([0, 1, 2, 3, 4, 9], np.uint8),
+    "t10k-images-idx3-ubyte": np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)[:, ::-1],
+    "t10k-labels-idx1-ubyte": np.array([5, 6], np.uint8),
+}
+CONTENTS = {name: idx_bytes(array) for name, array in ARRAYS.items()}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> IdxSet:
+    """A data set of eight images in place of Fashion-MNIST, an empty cache, and no source but those a test gives."""
+    files = tuple(
+        IdxFile(name=name, shape=array.shape, sha256=hashlib.sha256(CONTENTS[name]).hexdigest())
+        for name, array in ARRAYS.items()
+    )
+    tiny = dataclasses.replace(IDX_SETS["fashion_mnist"], files=files, mirrors=(), debian_package=None)
+    monkeypatch.setitem(catalog.IDX_SETS, "fashion_mnist", tiny)
+    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
+    return tiny

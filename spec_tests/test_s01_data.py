@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import hashlib
 import os
 from pathlib import Path
 
@@ -14,38 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spec import datasets, recipe
-from spec.datasets import Dataset, Split, __main__, cache, catalog, idx, preprocess, sources, tables
-from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
+from spec.datasets import Dataset, Split, __main__, cache, idx, preprocess, sources, tables
+from spec.datasets.catalog import IdxFile, IdxSet
 from spec.datasets.sizes import known_size
 from spec.errors import DataError
 from spec.recipe import Data, Preprocessing
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-    return bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
-
-
-ARRAYS = {
-    "train-images-idx3-ubyte": np.arange(6 * 28 * 28, dtype=np.uint8).reshape(6, 28, 28),
-    "train-labels-idx1-ubyte": np.array([0, 1, 2, 3, 4, 9], np.uint8),
-    "t10k-images-idx3-ubyte": np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)[:, ::-1],
-    "t10k-labels-idx1-ubyte": np.array([5, 6], np.uint8),
-}
-CONTENTS = {name: idx_bytes(array) for name, array in ARRAYS.items()}
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch) -> IdxSet:
-    """A data set of eight images in place of Fashion-MNIST, an empty cache, and no source but those a test gives."""
-    files = tuple(
-        IdxFile(name=name, shape=array.shape, sha256=hashlib.sha256(CONTENTS[name]).hexdigest())
-        for name, array in ARRAYS.items()
-    )
-    tiny = dataclasses.replace(IDX_SETS["fashion_mnist"], files=files, mirrors=(), debian_package=None)
-    monkeypatch.setitem(catalog.IDX_SETS, "fashion_mnist", tiny)
-    monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / "cache"))
-    return tiny
+from spec_tests.conftest import ARRAYS, CONTENTS, idx_bytes
 
 
 def put(folder: Path, *, compressed: bool = False) -> Path:
