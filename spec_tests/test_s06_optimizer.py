@@ -120,9 +120,10 @@ def test_the_learning_rate_changes_at_the_first_step_of_an_epoch_and_the_first_u
 
 
 def test_the_two_weight_surface_is_descended_to_its_minimum_at_1_1():
-    grad_of = lambda w: np.array(  # noqa: E731
-        [-2 * (2 - w[0] - w[1]) - 6 * (4 - 3 * w[0] - w[1]), -2 * (2 - w[0] - w[1]) - 2 * (4 - 3 * w[0] - w[1])]
-    )
+    def grad_of(w):  # of (2 - w0 - w1)^2 + (4 - 3 w0 - w1)^2
+        first, second = 2 - w[0] - w[1], 4 - 3 * w[0] - w[1]
+        return np.array([-2 * first - 6 * second, -2 * first - 2 * second])
+
     with precision_scope("float64"):
         rule = optim.optimizer(with_optimizer(learning_rate=0.02, momentum=0.8), 1)
         weights = jnp.zeros(2)
@@ -130,4 +131,4 @@ def test_the_two_weight_surface_is_descended_to_its_minimum_at_1_1():
         for _ in range(600):
             updates, state = rule.update(jnp.asarray(grad_of(np.asarray(weights))), state, weights)
             weights = optax.apply_updates(weights, updates)
-    assert np.abs(weights - 1).max() < 1e-12
+    assert np.abs(np.asarray(weights) - 1).max() < 1e-12
