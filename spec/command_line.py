@@ -17,6 +17,7 @@ from spec.datasets import DataSource
 from spec.recipe import Recipe
 
 DEFAULT_RECIPE = "mlp128"
+WIDE = 200  # columns of a table that no terminal shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,36 +73,38 @@ def print_recipe(recipe: Recipe) -> None:
 
 
 def print_recipes() -> None:
-    """Print the table of recipes: model, parameters, data, steps, expected test accuracy."""
+    """Print the table of recipes: model, parameters, data, epochs and steps, expected test accuracy."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("recipe", "model", "parameters", "data", "epochs x steps", "expected test accuracy"):
-        table.add_column(heading, justify="right" if heading in ("parameters", "epochs x steps") else "left")
+    for heading in ("recipe", "model", "parameters", "data", "epochs x steps", "test accuracy"):
+        justify = "right" if heading in ("parameters", "epochs x steps") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for name in recipes.recipe_names():
         table.add_row(name, *_describe(recipes.load(name)))
-    console = Console()
-    console.print(table, crop=False, soft_wrap=not console.is_terminal)
+    console.print(table)
 
 
 def _describe(recipe: Recipe) -> tuple[str, ...]:
     from spec import batches, params
     from spec.datasets.sizes import known_size
 
-    size = known_size(recipe.data)
-    hidden = "-".join(str(units) for units in ((recipe.model.channels or ()) + recipe.model.hidden_sizes))
     expected = recipe.expected
     accuracy = f"{expected.test_accuracy:.3f} +- {expected.margin:.3f}" if expected else "-"
+    size = known_size(recipe.data)
     if size is None:
-        return (recipe.model.name, "by the file", recipe.data.name, f"{recipe.epochs} x by the file", accuracy)
+        hidden = "-".join(str(units) for units in recipe.model.hidden_sizes)
+        return f"?-{hidden}-?", "by the file", recipe.data.name, f"{recipe.epochs} x ?", accuracy
     outputs = params.num_outputs(recipe, size.num_classes)
     leaves = params.leaves(recipe.model, size.input_shape, outputs)
-    widths = "-".join(part for part in (str(prod(size.input_shape)), hidden, str(outputs)) if part)
+    first = ("cnn", *recipe.model.channels) if recipe.model.channels else (prod(size.input_shape),)
+    steps = batches.count(recipe, size.num_train).steps_per_epoch
     return (
-        f"{recipe.model.name} {widths}",
+        "-".join(str(width) for width in (*first, *recipe.model.hidden_sizes, outputs)).replace("cnn-", "cnn "),
         f"{params.num_parameters(leaves):,}",
         recipe.data.name,
-        f"{recipe.epochs} x {batches.count(recipe, size.num_train).steps_per_epoch}",
+        f"{recipe.epochs} x {steps}",
         accuracy,
     )

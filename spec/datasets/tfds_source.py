@@ -7,8 +7,11 @@ the order of the hashes of their keys; `canonical_positions` gives the way back 
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +60,10 @@ def _prepare(idx_set: IdxSet, dataset: Dataset) -> Any:
     with cache.lock(idx_set):
         folder.mkdir(parents=True, exist_ok=True)
         builder = _builder_class(tfds, official, dataset)(data_dir=str(folder), file_format="array_record")
-        builder.download_and_prepare()
+        if not Path(builder.data_path).is_dir():
+            print(f"writing {idx_set.title} in TFDS's format, once ...", file=sys.stderr)
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare()
     return builder
 
 
@@ -112,4 +118,6 @@ def _import_tfds() -> Any:
             import tensorflow_datasets as tfds
     except ImportError as error:
         raise DataError(f"--data-source tfds needs the extra tfds ({error}); pip install 'lockstep[tfds]'") from None
+    tfds.disable_progress_bar()
+    logging.getLogger("absl").setLevel(logging.ERROR)
     return tfds
