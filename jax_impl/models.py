@@ -21,7 +21,7 @@ class MLP(nnx.Module):
 
     def __init__(self, model: Model, input_shape: tuple[int, ...], outputs: int, *, rngs: nnx.Rngs) -> None:
         if model.input_batchnorm:
-            self.norm0 = BatchNorm(1, rngs=rngs)
+            self.norm0 = BatchNorm(1)
         self.activations = model.activations
         self.input_batchnorm = model.input_batchnorm
         sizes = (math.prod(input_shape), *model.hidden_sizes, outputs)
@@ -49,13 +49,13 @@ class CNN(nnx.Module):
         self.num_convs, self.num_hidden = len(model.channels), len(model.hidden_sizes)
         for index, channels in enumerate(model.channels, start=1):
             setattr(self, f"conv{index}", _conv3x3(inputs, channels, rngs=rngs))
-            setattr(self, f"norm{index}", BatchNorm(channels, rngs=rngs))
+            setattr(self, f"norm{index}", BatchNorm(channels))
             height, width, inputs = height // 2, width // 2, channels
         sizes = (height * width * inputs, *model.hidden_sizes, outputs)
         for index, (ins, units) in enumerate(itertools.pairwise(sizes), start=1):
             setattr(self, f"linear{index}", nnx.Linear(ins, units, rngs=rngs))
         for index, units in enumerate(model.hidden_sizes, start=self.num_convs + 1):
-            setattr(self, f"norm{index}", BatchNorm(units, rngs=rngs))
+            setattr(self, f"norm{index}", BatchNorm(units))
         self.dropout = nnx.Dropout(model.dropout)
 
     def __call__(self, images: jax.Array, *, train: bool, dropout_key: jax.Array | None = None) -> jax.Array:

@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from spec import recipe as recipes
-from spec.datasets import DataSource
-from spec.recipe import Recipe
+from spec.recipe import DataSource, Recipe
 
 DEFAULT_RECIPE = "mlp128"
 WIDE = 200  # columns of a table that no terminal shows

@@ -29,6 +29,7 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Activation = Literal["relu", "sigmoid", "tanh"]
+DataSource = Literal["idx", "tfds"]  # how an idx set is read; a flag, for the examples are the same
 InitName = Literal["uniform_fan_in", "normal", "zeros"]
 
 

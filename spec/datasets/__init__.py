@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from spec.datasets import cache, sources, tables
 from spec.datasets.catalog import IDX_SETS, IdxSet
 from spec.datasets.dataset import Dataset, Split, preprocess
 from spec.datasets.tables import from_map_style
 from spec.errors import DataError
-from spec.recipe import Data
+from spec.recipe import Data, DataSource
 
-__all__ = ["DataSource", "Dataset", "Split", "from_map_style", "load", "preprocess"]
-
-DataSource = Literal["idx", "tfds"]
+__all__ = ["Dataset", "Split", "from_map_style", "load", "preprocess"]
 
 _TABLES = {
     "digits": tables.load_digits,
