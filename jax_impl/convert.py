@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from spec.params import Leaf
 
@@ -22,7 +22,7 @@ _ATTRIBUTES = {
 
 
 def from_canonical(
-    state: Mapping[str, np.ndarray], leaves: Sequence[Leaf], *, dtype: jnp.dtype, device: jax.Device
+    state: Mapping[str, np.ndarray], leaves: Sequence[Leaf], *, dtype: DTypeLike, device: jax.Device
 ) -> tuple[dict, dict]:
     """Return (params, batch_stats), nested dicts of `dtype` arrays on `device`: copies, no memory is shared."""
     params: dict = {}

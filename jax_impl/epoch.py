@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from jax_impl.step import EvalStep, ExampleMetrics, StepMetrics, TrainState, TrainStep
 from spec.batches import Counts
@@ -17,8 +18,8 @@ from spec.batches import Counts
 class DeviceSplit(NamedTuple):
     """A split on the device: images [n, ...] float, labels [n] int32."""
 
-    images: jax.Array
-    labels: jax.Array
+    images: Float[Array, "examples ..."]
+    labels: Int[Array, " examples"]
 
 
 class Span(NamedTuple):
@@ -39,7 +40,9 @@ def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> Callable
     full = counts.full_steps * counts.batch_size
 
     @partial(jax.jit, donate_argnums=0)
-    def run_steps(state: TrainState, split: DeviceSplit, order: jax.Array, span: Span):
+    def run_steps(
+        state: TrainState, split: DeviceSplit, order: Int[Array, " examples"], span: Span
+    ) -> tuple[TrainState, StepMetrics]:
         epoch_key = jax.random.fold_in(jax.random.key(seed), span.epoch)
         batches = order[:full].reshape(counts.full_steps, counts.batch_size)
 

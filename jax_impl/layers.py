@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float
 
 TORCH_BATCHNORM_MOMENTUM = 0.1
 BATCHNORM_EPSILON = 1e-5
@@ -29,7 +30,7 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(num_features))
         self.var = nnx.BatchStat(jnp.ones(num_features))
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: Float[Array, "*axes features"], *, train: bool) -> Float[Array, "*axes features"]:
         """Return `x` [..., num_features] normalised, in its own dtype; in training, update the running statistics."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         scale, bias = (leaf[...].astype(wide.dtype) for leaf in (self.scale, self.bias))
@@ -49,7 +50,9 @@ def _run(running: jax.Array, value: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def normalize_batch(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def normalize_batch(
+    x: Float[Array, "*axes features"], scale: Float[Array, " features"], bias: Float[Array, " features"]
+) -> tuple[Float[Array, "*axes features"], Float[Array, " features"], Float[Array, " features"]]:
     """Return y = scale h + bias with h = (x - mean) / sqrt(var + eps), and the batch's mean and biased variance.
 
     `x` is [..., features], the others [features]. The gradient is the closed form, half the passes over `x` that
@@ -82,7 +85,7 @@ def _normalize_backward(saved: tuple, grads: tuple) -> tuple[jax.Array, jax.Arra
 normalize_batch.defvjp(_normalize_forward, _normalize_backward)
 
 
-def max_pool_2x2(x: jax.Array) -> jax.Array:
+def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h//2 w//2 channels"]:
     """Return the maxima of the 2x2 windows of `x` [batch, h, w, c]: [batch, h//2, w//2, c]; an odd edge is left out.
 
     The gradient goes to the first largest element of a window, row by row, as torch's does (S3). Two selections give

@@ -7,6 +7,7 @@ import math
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from jax_impl.layers import ACTIVATIONS, BatchNorm, conv_general_dilated, max_pool_2x2
 from spec.params import KERNEL_SIZE
@@ -28,7 +29,9 @@ class MLP(nnx.Module):
         for index, (inputs, units) in enumerate(itertools.pairwise(sizes), start=1):
             setattr(self, f"linear{index}", nnx.Linear(inputs, units, use_bias=bool(model.bias), rngs=rngs))
 
-    def __call__(self, images: jax.Array, *, train: bool, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, images: Float[Array, "batch ..."], *, train: bool, dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch outputs"]:
         """Return logits [batch, outputs] for `images` [batch, ...]; `dropout_key` is not used."""
         if self.input_batchnorm:
             images = self.norm0(images[..., None], train=train)
@@ -58,7 +61,9 @@ class CNN(nnx.Module):
             setattr(self, f"norm{index}", BatchNorm(units))
         self.dropout = nnx.Dropout(model.dropout)
 
-    def __call__(self, images: jax.Array, *, train: bool, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, images: Float[Array, "batch ..."], *, train: bool, dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch outputs"]:
         """Return logits [batch, outputs] for `images` [batch, h, w, channels]; training needs `dropout_key`."""
         hidden = images
         for index in range(1, self.num_convs + 1):
@@ -98,11 +103,11 @@ def apply(
     graphdef: nnx.GraphDef,
     params: dict,
     batch_stats: dict,
-    images: jax.Array,
+    images: Float[Array, "batch ..."],
     *,
     train: bool,
-    dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, dict]:
+    dropout_key: Key[Array, ""] | None = None,
+) -> tuple[Float[Array, "batch outputs"], dict]:
     """Return logits [batch, outputs] and the BatchNorm statistics after the call; a pure function of plain dicts."""
     model = nnx.merge(graphdef, params, batch_stats)
     logits = model(images, train=train, dropout_key=dropout_key)

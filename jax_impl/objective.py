@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from spec.recipe import Loss
 
 
-def example_losses(logits: jax.Array, labels: jax.Array, loss: Loss) -> jax.Array:
+def example_losses(
+    logits: Float[Array, "batch outputs"], labels: Int[Array, " batch"], loss: Loss
+) -> Float[Array, " batch"]:
     """Return the loss of each example, [batch], in nats and the dtype of `logits` [batch, outputs].
 
     cross_entropy: -sum_k q_k log softmax(z)_k with q = (1-e) onehot(y) + e/K; cross_entropy_of_softmax: the same with
@@ -26,7 +29,7 @@ def example_losses(logits: jax.Array, labels: jax.Array, loss: Loss) -> jax.Arra
     return losses
 
 
-def predictions(logits: jax.Array) -> jax.Array:
+def predictions(logits: Float[Array, "batch outputs"]) -> Int[Array, " batch"]:
     """Return the most probable class of each example, int32 [batch], the first of equals; one logit: is it over 0."""
     if logits.shape[-1] == 1:
         return (logits[:, 0] > 0).astype(jnp.int32)

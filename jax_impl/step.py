@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
 
 from jax_impl.models import apply
 from jax_impl.objective import example_losses, predictions
@@ -26,15 +28,15 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     """Of one batch, on the forward pass before the update (S8): mean loss in nats, and the count of right answers."""
 
-    loss: jax.Array
-    num_correct: jax.Array
+    loss: Float[Array, "*steps"]
+    num_correct: Int[Array, "*steps"]
 
 
 class ExampleMetrics(NamedTuple):
     """Of each example of an evaluation: its loss in nats and the predicted class."""
 
-    loss: jax.Array
-    prediction: jax.Array
+    loss: Float[Array, " examples"]
+    prediction: Int[Array, " examples"]
 
 
 TrainStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, StepMetrics]]
@@ -42,7 +44,7 @@ EvalStep = Callable[[TrainState, jax.Array, jax.Array], ExampleMetrics]
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, loss: Loss, optimizer: optax.GradientTransformation, dtype: jnp.dtype
+    graphdef: nnx.GraphDef, loss: Loss, optimizer: optax.GradientTransformation, dtype: DTypeLike
 ) -> TrainStep:
     """Return the function of (state, images [batch, ...], labels [batch] int32, dropout key) to (state, metrics).
 
@@ -58,7 +60,12 @@ def make_train_step(
         metrics = StepMetrics(losses.mean(), jnp.sum(predictions(logits) == labels, dtype=jnp.int32))
         return objective, (batch_stats, metrics)
 
-    def train_step(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array):
+    def train_step(
+        state: TrainState,
+        images: Float[Array, "batch ..."],
+        labels: Int[Array, " batch"],
+        key: Key[Array, ""],
+    ) -> tuple[TrainState, StepMetrics]:
         grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(
             state.params, state.batch_stats, images, labels, key
         )
@@ -68,17 +75,17 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, loss: Loss, dtype: jnp.dtype) -> EvalStep:
+def make_eval_step(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> EvalStep:
     """Return the function of (state, images [batch, ...], labels [batch] int32) to the metrics of each example."""
 
-    def eval_step(state: TrainState, images: jax.Array, labels: jax.Array) -> ExampleMetrics:
+    def eval_step(state: TrainState, images: Float[Array, "batch ..."], labels: Int[Array, " batch"]) -> ExampleMetrics:
         logits, _ = apply(graphdef, _cast(state.params, dtype), state.batch_stats, images.astype(dtype), train=False)
         return ExampleMetrics(example_losses(_at_least_float32(logits), labels, loss), predictions(logits))
 
     return eval_step
 
 
-def _cast(tree: dict, dtype: jnp.dtype) -> dict:
+def _cast(tree: dict, dtype: DTypeLike) -> dict:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 

@@ -151,7 +151,8 @@ def convolve(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 def test_the_cpu_convolution_is_the_definition_and_its_gradients_are_the_stock_layers():
     with precision_scope("float64"):
         generator = np.random.default_rng(0)
-        x, kernel, weight = (generator.standard_normal(shape) for shape in [(2, 5, 7, 3), (3, 3, 3, 4), (2, 5, 7, 4)])
+        shapes = [(2, 5, 7, 3), (3, 3, 3, 4), (2, 5, 7, 4)]
+        x, kernel, weight = (jnp.asarray(generator.standard_normal(shape)) for shape in shapes)
         ours = layers._conv_with_matmul_gradient
 
         def stock(x, kernel):
@@ -159,7 +160,7 @@ def test_the_cpu_convolution_is_the_definition_and_its_gradients_are_the_stock_l
                 x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
 
-        assert np.abs(ours(x, kernel) - convolve(x, kernel)).max() < 1e-13
+        assert np.abs(ours(x, kernel) - convolve(np.asarray(x), np.asarray(kernel))).max() < 1e-13
 
         def grads(function):
             return jax.grad(lambda x, kernel: (function(x, kernel) * weight).sum(), argnums=(0, 1))(x, kernel)
