@@ -5,16 +5,20 @@ CONSTRAINTS = constraints/main.txt
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: train test test-all lint format wheel clean
+.PHONY: train test test-all data lint format wheel clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m jax_impl.train
 
-test: lint
+test: lint data
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-test-all: lint
+test-all: lint data
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Without any source for it, the tests on real data say that they skip.
+data: $(VENV)/.test
+	-$(BIN)/python -m spec.datasets fetch fashion_mnist
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from spec.batches import count, epoch_order
 from spec.command_line import Flags
 from spec.datasets import Dataset, Split
 from spec.display import Display
+from spec.errors import UserError
 from spec.history import EpochDone, Event, History, StepsDone
 from spec.recipe import Recipe, to_mapping
 from spec.recorder import record
@@ -76,7 +77,7 @@ class Trainer:
         """Return the present parameters and running statistics, canonical names and layouts (`spec.params`)."""
         return to_canonical(self._state.params, self._state.batch_stats, self.leaves)
 
-    def training(self, *, epochs: int) -> Iterator[None]:
+    def train_epochs(self, epochs: int) -> Iterator[None]:
         """Train without evaluating, an epoch at each `next`, and wait for the device: what `spec_tests.speed` times."""
         with precision_scope(self.recipe.precision):
             for epoch in range(1, epochs + 1):
@@ -130,7 +131,13 @@ def run(flags: Flags) -> dict:
     dataset = datasets.load(recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
     display = Display(quiet=flags.quiet)
     display.line(f"{recipe.name}: {recipe.description}")
-    trainer = Trainer(recipe, dataset, device)
+    with memory_explained():
+        return _run(flags, path, Trainer(recipe, dataset, device), display)
+
+
+def _run(flags: Flags, path: Path, trainer: Trainer, display: Display) -> dict:
+    """Train, write and print, once everything the user gave is known to fit together."""
+    recipe, device = trainer.recipe, trainer.device
     display.line(f"{params.num_parameters(trainer.leaves):,} parameters, {trainer.counts.steps:,} steps on {device}")
     directory = RunDirectory(path, overwrite=flags.overwrite)
     directory.write_json("config.json", {"recipe": to_mapping(recipe), **_origin(device), "flags": _given(flags)})
@@ -172,6 +179,19 @@ def precision_scope(precision: str) -> Iterator[None]:
     products = "default" if precision == "bfloat16" else "highest"
     with _enable_x64(precision == "float64"), jax.default_matmul_precision(products):
         yield
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Turn the device's refusal of memory into a UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the device has too little memory: {str(error).splitlines()[0]}; use a smaller --batch-size or network"
+        ) from None
 
 
 def _enable_x64(enabled: bool) -> contextlib.AbstractContextManager:

@@ -61,7 +61,10 @@ def parse(arguments: Sequence[str], *, program: str, description: str) -> Flags:
         description=description,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return replace(flags, config=recipes.parse(recipes.to_mapping(flags.config), source=name))
+    checked = recipes.parse(recipes.to_mapping(flags.config), source=name)
+    if replace(checked, seed=default.config.seed) != default.config:
+        checked = replace(checked, expected=None)  # it was measured for the recipe unchanged
+    return replace(flags, config=checked)
 
 
 def print_recipe(recipe: Recipe) -> None:

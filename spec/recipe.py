@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from spec.errors import RecipeError, did_you_mean
 
+MAX_SYNTHETIC_VALUES = 500_000_000
 RECIPES = resources.files("spec") / "recipes"
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -386,6 +387,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append("optimizer.nesterov true needs momentum above 0 and dampening 0")
     if optimizer.dampening and not optimizer.momentum:
         mistakes.append(f"optimizer.dampening {optimizer.dampening} has no effect at momentum 0; set it to 0")
+    if (values := (recipe.data.num_examples or 0) * (recipe.data.num_features or 0)) > MAX_SYNTHETIC_VALUES:
+        mistakes.append(
+            f"data.num_examples times num_features is {values:,}; the limit is {MAX_SYNTHETIC_VALUES:,}; use fewer"
+        )
     if loss.name == "binary_cross_entropy" and loss.label_smoothing:
         mistakes.append(f"loss.label_smoothing {loss.label_smoothing} is for cross_entropy; set it to 0")
     if optimizer.learning_rate < (recipe.schedule.final_learning_rate or 0):

@@ -53,9 +53,20 @@ def main() -> None:
     print(table(results))
 
 
-def load_results() -> dict[str, dict]:
+def load_results(root: Path = Path()) -> dict[str, dict]:
     """Return the kept figures: by recipe, lists over the seeds, and where they come from."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return json.loads((root / RESULTS).read_text()) if (root / RESULTS).exists() else {}
+
+
+def expected(result: dict) -> dict:
+    """Return what a recipe's section `expected` holds: the mean test accuracy, and three standard deviations."""
+    values, versions = result["test_accuracy"], result["versions"]
+    return {
+        "test_accuracy": round(statistics.mean(values), 4),
+        "margin": round(3 * statistics.stdev(values), 4),
+        "runs": len(values),
+        "measured": f"{result['date']}, jax {versions['jax']}, flax {versions['flax']}, optax {versions['optax']}",
+    }
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict:

@@ -51,7 +51,7 @@ def _epochs(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
     model, optimizer = lesson.network(recipe)
     loader = lesson.batches(recipe, train=True)
     trainer = Trainer(recipe, datasets.load(recipe.data), select_device("cpu"))
-    epochs = trainer.training(epochs=10_000)
+    epochs = trainer.train_epochs(10_000)
     return lambda: lesson.train_epoch(model, optimizer, loader), lambda: next(epochs)
 
 

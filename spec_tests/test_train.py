@@ -200,6 +200,7 @@ def test_quiet_prints_the_last_line_alone(trainer_command, tmp_path):
         ("--recipe csv --data.path nowhere.csv", "nowhere.csv does not exist"),
         ("--recipe digits --data-dir /nowhere", "leave it out"),
         ("--data-dir /nowhere", "/nowhere is not a directory"),
+        ("--recipe synthetic-50k --data.num-examples 10000000 --data.num-features 60000", "the limit is 500,000,000"),
         ("--optimizer.name adam", "optimizer.momentum 0.8 is not used by adam"),
         ("--recipe cnn --model.channels 8 8 8 8 8 8", "needs images of at least 64x64"),
         ("mlp512", "mlp512"),
@@ -225,6 +226,21 @@ def test_a_platform_that_is_not_there_is_refused(trainer_command, tmp_path):
     ended = trainer_command("--recipe", "digits", "--platform", missing, "--out", tmp_path / "run")
     assert ended.status == 2
     assert f"--platform {missing} is not on this machine" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_on_the_device_is_a_short_error(trainer_command, tmp_path, monkeypatch):
+    import jax
+
+    from jax_impl import trainer
+
+    def exhausted(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
+
+    monkeypatch.setattr(trainer, "Trainer", exhausted)
+    ended = trainer_command("--recipe", "digits", "--out", tmp_path / "run")
+    assert ended.status == 2
+    assert "too little memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.; use a smaller" in ended.err
     assert not (tmp_path / "run").exists()
 
 
@@ -283,6 +299,15 @@ def test_print_config_is_a_recipe_that_can_be_run(trainer_command, tmp_path):
     path.write_text(printed.out)
     loaded = recipe.load(str(path))
     assert (loaded.epochs, loaded.optimizer.learning_rate, loaded.model) == (2, 0.02, recipe.load("mlp512").model)
+
+
+def test_a_changed_recipe_no_longer_expects_the_measured_accuracy(trainer_command):
+    unchanged, reseeded, changed = (
+        trainer_command(*flags.split(), "--print-config").out for flags in ("", "--seed 9", "--epochs 9")
+    )
+    assert "[expected]" in unchanged
+    assert "[expected]" in reseeded
+    assert "[expected]" not in changed
 
 
 def test_fields_are_changed_by_their_paths_and_short_names(trainer_command):

@@ -1,0 +1,161 @@
+"""The house: arrows, constraints, the wheel, and a README that is true."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from jax_impl import train
+from spec import recipe
+from spec_tests import accuracy
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_the_import_arrows_hold():
+    ended = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+    assert "0 broken" in ended.stdout
+
+
+def test_a_broken_arrow_is_noticed(tmp_path):
+    for package in ("spec", "jax_impl", "torch_ref", "spec_tests"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("import jax_impl" if package == "spec" else "")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    only = [contract for contract in contracts if contract["name"].startswith("spec imports nothing")]
+    assert len(only) == 1
+    lines = [
+        "[importlinter]",
+        "root_packages =",
+        *(f"    {name}" for name in ("spec", "jax_impl", "torch_ref", "spec_tests")),
+    ]
+    lines += ["include_external_packages = True", "[importlinter:contract:one]", "name = one", "type = forbidden"]
+    lines += ["source_modules = spec", "forbidden_modules =", *(f"    {name}" for name in only[0]["forbidden_modules"])]
+    (tmp_path / ".importlinter").write_text("\n".join(lines))
+    command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "1 broken" in ended.stdout
+
+
+def test_every_dependency_is_pinned_and_no_address_is_given():
+    pins = [line for line in (ROOT / "constraints/main.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins)
+    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    accelerators = extras["cuda"] + extras["tpu"]
+    named = [
+        *project["dependencies"],
+        *(name for extra in extras.values() for name in extra if name not in accelerators),
+    ]
+    needed = {re.split(r"[\[<>=!]", name)[0].replace("_", "-").lower() for name in named}
+    assert needed - {"lockstep"} <= pinned
+
+
+@pytest.mark.parametrize("name", [name for name in TRACKED if name != "spec_tests/test_house.py"])
+def test_no_file_names_a_package_index_or_a_path_of_one_machine(name):
+    text = (ROOT / name).read_text("utf-8", errors="replace")
+    assert not re.search(r"pypi\.org|pythonhosted|index-url|find-links|/root/|/work/|/tmp/", text)
+
+
+def test_an_installed_wheel_works_outside_the_checkout(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("lockstep-*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    script = "import spec, sys; from jax_impl import train; train.main(['--list']); print(spec.__file__)"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith(str(tmp_path / "installed"))
+    assert all(name in ended.stdout for name in recipe.recipe_names())
+    assert (tmp_path / "installed" / f"{wheel.name.split('-py3')[0]}.dist-info" / "licenses" / "LICENSE").is_file()
+
+
+# The README
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if "jax_impl.train" in line])
+def test_every_trainer_command_of_the_readme_is_taken(command, capsys, tmp_path, monkeypatch):
+    arguments = shlex.split(command.split(">")[0])[3:]
+    monkeypatch.chdir(tmp_path)
+    for place in ("mine.toml", "runs/mine/config.json"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    shown = [] if {"--list", "--help"} & set(arguments) else ["--print-config"]
+    if "mine.toml" in arguments or "runs/mine/config.json" in arguments:
+        text = (recipe.RECIPES / "mlp512.toml").read_text()
+        (tmp_path / "mine.toml").write_text(text)
+        arguments = ["mine.toml" if argument.startswith("runs/mine/") else argument for argument in arguments]
+    try:
+        train.main([*arguments, *shown])
+    except SystemExit as left:
+        assert not left.code
+    assert capsys.readouterr().out
+
+
+def test_the_readmes_other_commands_are_known():
+    known = ("make train", "make test", "python3 -m venv", ".venv/bin/pip install")
+    modules = ("jax_impl.train", "spec.datasets", "spec_tests.speed")
+    for command in commands():
+        module = re.search(r"python -m (\S+)", command)
+        assert command.startswith(known) or (module and module[1] in modules), command
+
+
+def test_the_readmes_python_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    namespace: dict = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert set(namespace["weights"]) == {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
+    assert float(capsys.readouterr().out.split()[-1]) > 0.95  # the last epoch's test accuracy
+
+
+def test_the_readmes_accuracy_table_is_that_of_the_results():
+    (shown,) = re.findall(r"<!-- accuracy: .*? -->\n(.*?)<!-- /accuracy -->", README, re.DOTALL)
+    assert shown.strip() == accuracy.table(accuracy.load_results(ROOT))
+
+
+def test_expected_accuracies_are_those_of_the_results():
+    results = accuracy.load_results(ROOT)
+    for name in recipe.recipe_names():
+        expected = recipe.load(name).expected
+        if name not in results or None in results[name]["test_accuracy"]:
+            assert expected is None
+        else:
+            assert recipe.to_mapping(recipe.load(name))["expected"] == accuracy.expected(results[name])
+
+
+def test_the_readmes_file_tree_is_there():
+    tree = README.split("## How it is laid out")[1].split("```")[1]
+    for word in re.findall(r"\b[a-z_]+(?:/[a-z_*.]*|\.py)\B|\b[a-z_]+\.py", tree):
+        name = word.rstrip("/").replace("*.toml", "mlp128.toml")
+        assert any(path.endswith(name) or f"{name}/" in path for path in TRACKED), word
