@@ -105,14 +105,14 @@ def _train(name: str, seed: int, arguments: argparse.Namespace) -> dict:
 def table(results: dict[str, dict]) -> str:
     """Return the figures as a Markdown table: mean and standard deviation over the seeds, median seconds."""
     lines = [
-        "| recipe | lesson | test accuracy | cumulative train | seeds | epochs x steps | seconds, whole process |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | lesson | test accuracy | train, last epoch | train, cumulative | seeds | epochs x steps | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for key, result in sorted(results.items()):
         per_epoch = result["steps"] // result["epochs"]
         lines.append(
             f"| `{key}` | {LESSON.get(key, '-')} | {_mean_sd(result['test_accuracy'])} | "
-            f"{_mean_sd(result['cumulative_train_accuracy'])} | {len(result['seeds'])} | "
+            f"{_mean_sd(result['train_accuracy'])} | {_mean_sd(result['cumulative_train_accuracy'])} | {len(result['seeds'])} | "
             f"{result['epochs']} x {per_epoch} | {statistics.median(result['process_seconds']):.1f} |"
         )
     return "\n".join(lines)

@@ -7,18 +7,23 @@ figures are medians and ranges of the pairs' ratios. `--process` pairs the two w
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spec import datasets
 from spec import recipe as recipes
 from spec.errors import UserError, exit_status
+from spec.files import write_atomic
+
+RESULTS = Path("results") / "speed.json"
 
 
 def main() -> None:
@@ -26,19 +31,37 @@ def main() -> None:
     parser.add_argument("--recipe", default="mlp128", help="an MLP recipe on idx data (default: mlp128)")
     parser.add_argument("--pairs", type=int, default=7, help="pairs of epochs or processes (default: 7)")
     parser.add_argument("--process", action="store_true", help="pair whole processes, every epoch of the recipe")
-    parser.add_argument("--json", type=Path, help="write every time here")
+    parser.add_argument("--keep", action="store_true", help="keep the times in results/speed.json")
     arguments = parser.parse_args()
     measure = _processes if arguments.process else _epochs
     lesson, ours = measure(arguments.recipe)
-    pairs = [(_timed(lesson), _timed(ours)) for _ in range(arguments.pairs)]
-    ratios = [theirs / mine for theirs, mine in pairs]
-    what = "process" if arguments.process else "epoch"
-    print(f"{arguments.recipe}, one {what}, {len(pairs)} pairs")
-    print(f"  lesson's torch  {_range([pair[0] for pair in pairs])} s")
-    print(f"  ours            {_range([pair[1] for pair in pairs])} s")
-    print(f"  ratio           {_range(ratios)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"recipe": arguments.recipe, "what": what, "pairs": pairs}) + "\n")
+    key = f"{arguments.recipe}, {'whole process' if arguments.process else 'an epoch'}"
+    result = {"pairs": [(_timed(lesson), _timed(ours)) for _ in range(arguments.pairs)], **_origin()}
+    print(table({key: result}))
+    if arguments.keep:
+        RESULTS.parent.mkdir(exist_ok=True)
+        kept = load_results() | {key: result}
+        write_atomic(RESULTS, (json.dumps(dict(sorted(kept.items())), indent=1) + "\n").encode())
+
+
+def load_results(root: Path = Path()) -> dict[str, dict]:
+    """Return the kept times: by recipe and what was timed, the pairs in seconds (lesson, ours), and their origin."""
+    return json.loads((root / RESULTS).read_text()) if (root / RESULTS).exists() else {}
+
+
+def table(results: dict[str, dict]) -> str:
+    """Return the times as a Markdown table: median (smallest to largest) of the pairs."""
+    lines = ["| what | pairs | lesson's torch, s | ours, s | ratio |", "|---|---|---|---|---|"]
+    for key, result in results.items():
+        theirs, ours = zip(*result["pairs"], strict=True)
+        ratios = [lesson / mine for lesson, mine in result["pairs"]]
+        lines.append(f"| {key} | {len(ours)} | {_range(theirs)} | {_range(ours)} | **{_range(ratios)}** |")
+    return "\n".join(lines)
+
+
+def _origin() -> dict:
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "torch", "torchvision")}
+    return {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} cores, CPU", "versions": versions}
 
 
 def _epochs(name: str) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -75,7 +98,7 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _range(values: list[float]) -> str:
+def _range(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
