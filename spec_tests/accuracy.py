@@ -104,18 +104,18 @@ def _train(name: str, seed: int, arguments: argparse.Namespace) -> dict:
 
 def table(results: dict[str, dict]) -> str:
     """Return the figures as a Markdown table: mean and standard deviation over the seeds, median seconds."""
-    lines = [
-        "| recipe | lesson | test accuracy | train, last epoch | train, cumulative | seeds | epochs x steps | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    accuracies = {
+        "test accuracy": "test_accuracy",
+        "train, last epoch": "train_accuracy",
+        "train, cumulative": "cumulative_train_accuracy",
+    }
+    rows = [["recipe", "lesson", *accuracies, "seeds", "epochs x steps", "seconds"], ["---"] * (5 + len(accuracies))]
     for key, result in sorted(results.items()):
-        per_epoch = result["steps"] // result["epochs"]
-        lines.append(
-            f"| `{key}` | {LESSON.get(key, '-')} | {_mean_sd(result['test_accuracy'])} | "
-            f"{_mean_sd(result['train_accuracy'])} | {_mean_sd(result['cumulative_train_accuracy'])} | {len(result['seeds'])} | "
-            f"{result['epochs']} x {per_epoch} | {statistics.median(result['process_seconds']):.1f} |"
-        )
-    return "\n".join(lines)
+        figures = [_mean_sd(result[name]) for name in accuracies.values()]
+        steps = f"{result['epochs']} x {result['steps'] // result['epochs']}"
+        seconds = f"{statistics.median(result['process_seconds']):.1f}"
+        rows.append([f"`{key}`", LESSON.get(key, "-"), *figures, str(len(result["seeds"])), steps, seconds])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _mean_sd(values: list[float | None]) -> str:
