@@ -132,7 +132,9 @@ def run(flags: Flags) -> dict:
     display = Display(quiet=flags.quiet)
     display.line(f"{recipe.name}: {recipe.description}")
     with memory_explained():
-        return _run(flags, path, Trainer(recipe, dataset, device), display)
+        with display.waiting("compiling ..."):
+            trainer = Trainer(recipe, dataset, device)
+        return _run(flags, path, trainer, display)
 
 
 def _run(flags: Flags, path: Path, trainer: Trainer, display: Display) -> dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +19,10 @@ class Display:
         self.quiet = quiet
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
+
+    def waiting(self, text: str) -> AbstractContextManager:
+        """Show `text` while the body runs, on a terminal."""
+        return nullcontext() if self.quiet or not self.console.is_terminal else self.console.status(text)
 
     @contextmanager
     def running(self, counts: Counts) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -340,7 +341,7 @@ def _explain(detail: Any) -> str:
         return f"{path} is missing; a recipe states every field"
     value = repr(detail["input"])
     value = value if len(value) <= 60 else value[:57] + "..."
-    rule = detail["msg"][0].lower() + detail["msg"][1:]
+    rule = re.sub(r"^\w+ should", "must", detail["msg"])
     return f"{path or 'recipe'} {value}: {rule}"
 
 

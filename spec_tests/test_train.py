@@ -180,7 +180,7 @@ def test_quiet_prints_the_last_line_alone(trainer_command, tmp_path):
         ("--recipe", "expected one argument"),
         ("--recpie mlp128", "--recpie"),
         ("--learning-rat 0.1", "--learning-rate"),
-        ("--epochs 0", "epochs 0: input should be greater than or equal to 1"),
+        ("--epochs 0", "epochs 0: must be greater than or equal to 1"),
         ("--epochs ten", "ten"),
         ("--epochs 1e3", "1e3"),
         ("--batch-size -5", "-5"),
