@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -23,11 +24,11 @@ class DeviceSplit(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The steps [start, stop) of an epoch (from 1): int32 scalars on the device's side of the call."""
+    """The steps [start, stop) of an epoch (from 1): int32, whatever the precision in force."""
 
-    epoch: int
-    start: int
-    stop: int
+    epoch: np.int32
+    start: np.int32
+    stop: np.int32
 
 
 def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> Callable:

@@ -94,9 +94,13 @@ def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels)
     left, right = x[:, :, :, :, 0], x[:, :, :, :, 1]
-    rows = jnp.where(left >= right, left, right)
-    top, bottom = rows[:, :, 0], rows[:, :, 1]
-    return jnp.where(top >= bottom, top, bottom)
+    rows = _first_maximum(left, right)
+    return _first_maximum(rows[:, :, 0], rows[:, :, 1])
+
+
+def _first_maximum(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Return the larger elements, the first of equals, and nan where either is."""
+    return jnp.where((second > first) | jnp.isnan(second), second, first)
 
 
 def conv_general_dilated(

@@ -31,12 +31,15 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> float | optax.Schedul
     rate, schedule = recipe.optimizer.learning_rate, recipe.schedule
     if schedule.name == "constant":
         return rate
+
+    # Epochs are counted in integers, which XLA divides exactly, then made the default float: float64 in a float64 run.
+    def elapsed(step: jax.Array, steps: int) -> jax.Array:
+        return jnp.asarray(step // steps, jnp.result_type(float))
+
     if schedule.name == "step":
-        of_epoch = optax.exponential_decay(rate, schedule.step_epochs, schedule.gamma, staircase=True)
-    else:
-        of_epoch = optax.cosine_decay_schedule(rate, recipe.epochs, alpha=schedule.final_learning_rate / rate)
-    # An integer count would be divided in float32 even in a float64 run: it is made the default float first.
-    return lambda step: of_epoch(jnp.asarray(step // steps_per_epoch, jnp.result_type(float)))
+        return lambda step: rate * schedule.gamma ** elapsed(step, steps_per_epoch * schedule.step_epochs)
+    of_epoch = optax.cosine_decay_schedule(rate, recipe.epochs, alpha=schedule.final_learning_rate / rate)
+    return lambda step: of_epoch(elapsed(step, steps_per_epoch))
 
 
 def _dampen(dampening: float) -> optax.GradientTransformation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 
 from spec.errors import UserError
@@ -16,8 +18,10 @@ def select_device(platform: str | None) -> jax.Device:
         if platform == "cpu":
             jax.config.update("jax_platforms", "cpu")
         return jax.devices(platform)[0]
-    except RuntimeError:
+    except RuntimeError as error:
+        asked = f"--platform {platform}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"--platform {platform} is not on this machine; it has: {jax.default_backend()}. Leave the flag out, or "
-            "install the extra of your accelerator (cuda, tpu)"
+            f"{asked} is not on this machine ({reason}); leave it out, or install the extra of your accelerator "
+            "(cuda, tpu)"
         ) from None

@@ -26,7 +26,7 @@ from spec.display import Display
 from spec.errors import UserError
 from spec.history import EpochDone, Event, History, StepsDone
 from spec.recipe import Recipe, to_mapping
-from spec.recorder import record
+from spec.recorder import record, refuse_nonfinite
 from spec.run_directory import RunDirectory
 
 PACKAGES = ("lockstep", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -58,13 +58,12 @@ class Trainer:
 
         The next program is on its way before the last one's figures are read, so that the device never waits.
         """
-        with precision_scope(self.recipe.precision):
-            for epoch in range(1, self.recipe.epochs + 1):
-                start = time.perf_counter()
-                yield from self._run_epoch(epoch, steps_per_call or self.counts.steps_per_epoch)
-                test_losses, test_correct = self.evaluate()
-                seconds = time.perf_counter() - start
-                yield EpochDone(epoch=epoch, seconds=seconds, test_losses=test_losses, test_correct=test_correct)
+        for epoch in range(1, self.recipe.epochs + 1):
+            start = time.perf_counter()
+            yield from self._run_epoch(epoch, steps_per_call or self.counts.steps_per_epoch)
+            test_losses, test_correct = self.evaluate()
+            seconds = time.perf_counter() - start
+            yield EpochDone(epoch=epoch, seconds=seconds, test_losses=test_losses, test_correct=test_correct)
 
     def evaluate(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         """Return loss [n] and correctness [n] of each test example as the state is now; None without a test split."""
@@ -79,17 +78,16 @@ class Trainer:
 
     def train_epochs(self, epochs: int) -> Iterator[None]:
         """Train without evaluating, an epoch at each `next`, and wait for the device: what `spec_tests.speed` times."""
-        with precision_scope(self.recipe.precision):
-            for epoch in range(1, epochs + 1):
-                for _ in self._run_epoch(epoch, self.counts.steps_per_epoch):
-                    pass
-                yield
+        for epoch in range(1, epochs + 1):
+            for _ in self._run_epoch(epoch, self.counts.steps_per_epoch):
+                pass
+            yield
 
     def _run_epoch(self, epoch: int, steps_per_call: int) -> Iterator[StepsDone]:
         order = self._put_array(epoch_order(self.recipe.seed, epoch, self.counts.num_examples).astype(np.int32))
         waiting: tuple[Span, StepMetrics] | None = None
         for start in range(0, self.counts.steps_per_epoch, steps_per_call):
-            span = Span(epoch, start, min(start + steps_per_call, self.counts.steps_per_epoch))
+            span = _span(epoch, start, min(start + steps_per_call, self.counts.steps_per_epoch))
             self._state, metrics = self._run_steps(self._state, self.train_split, order, span)
             if waiting:
                 yield _steps_done(*waiting)
@@ -109,7 +107,7 @@ class Trainer:
         train_step = make_train_step(graphdef, recipe.loss, optimizer, dtype)
         order = self._put_array(np.zeros(counts.num_examples, np.int32))
         run_steps = make_run_steps(train_step, counts, recipe.seed)
-        self._run_steps = run_steps.lower(self._state, self.train_split, order, Span(1, 0, 1)).compile()
+        self._run_steps = run_steps.lower(self._state, self.train_split, order, _span(1, 0, 1)).compile()
         if self.test_split is not None:
             eval_step = make_eval_step(graphdef, recipe.loss, dtype)
             evaluate = make_evaluate(eval_step, len(self.test_split.labels), recipe.batch_size)
@@ -125,8 +123,8 @@ class Trainer:
 def run(flags: Flags) -> dict:
     """Train as the flags say, write the run directory and print its last line; return the summary."""
     recipe = flags.config
-    path = flags.out or run_directory.default_path(recipe.name)
-    run_directory.check_usable(path, overwrite=flags.overwrite)
+    if flags.out:
+        run_directory.check_usable(flags.out, overwrite=flags.overwrite)
     device = select_device(flags.platform)
     dataset = datasets.load(recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
     display = Display(quiet=flags.quiet)
@@ -134,25 +132,27 @@ def run(flags: Flags) -> dict:
     with memory_explained():
         with display.waiting("compiling ..."):
             trainer = Trainer(recipe, dataset, device)
-        return _run(flags, path, trainer, display)
+        with RunDirectory(flags.out, recipe.name, overwrite=flags.overwrite) as directory:
+            summary = _run(flags, trainer, directory, display)
+    display.last_line(summary, directory.path)
+    return summary
 
 
-def _run(flags: Flags, path: Path, trainer: Trainer, display: Display) -> dict:
-    """Train, write and print, once everything the user gave is known to fit together."""
+def _run(flags: Flags, trainer: Trainer, directory: RunDirectory, display: Display) -> dict:
+    """Train and write, once everything the user gave is known to fit together; return the summary."""
     recipe, device = trainer.recipe, trainer.device
     display.line(f"{params.num_parameters(trainer.leaves):,} parameters, {trainer.counts.steps:,} steps on {device}")
-    directory = RunDirectory(path, overwrite=flags.overwrite)
     directory.write_json("config.json", {"recipe": to_mapping(recipe), **_origin(device), "flags": _given(flags)})
     history = History(counts=trainer.counts, metrics=recipe.metrics)
-    steps_per_call = None if flags.quiet else recipe.metrics.progress_every
     start = time.perf_counter()
     with display.running(trainer.counts):
-        epochs = record(trainer.events(steps_per_call=steps_per_call), recipe, history, directory, display)
-    seconds = time.perf_counter() - start
-    directory.write_weights(trainer.state())
-    summary = summarize(trainer, epochs, seconds)
+        events = trainer.events(steps_per_call=recipe.metrics.progress_every)
+        epochs = record(events, recipe, history, directory, display)
+    summary = summarize(trainer, epochs, time.perf_counter() - start)
+    state = trainer.state()
+    refuse_nonfinite(state, recipe)
+    directory.write_weights(state)
     directory.write_json("summary.json", summary)
-    display.last_line(summary, path)
     return summary
 
 
@@ -204,11 +204,14 @@ def _enable_x64(enabled: bool) -> contextlib.AbstractContextManager:
     return enable_x64(enabled)
 
 
+def _span(epoch: int, start: int, stop: int) -> Span:
+    return Span(np.int32(epoch), np.int32(start), np.int32(stop))
+
+
 def _steps_done(span: Span, metrics: StepMetrics) -> StepsDone:
-    steps = slice(span.start, span.stop)
-    return StepsDone(
-        **span._asdict(), losses=np.asarray(metrics.loss)[steps], num_correct=np.asarray(metrics.num_correct)[steps]
-    )
+    epoch, start, stop = map(int, span)
+    losses, num_correct = (np.asarray(leaf)[start:stop] for leaf in metrics)
+    return StepsDone(epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct)
 
 
 def _origin(device: jax.Device) -> dict:

@@ -64,7 +64,7 @@ def count(recipe: Recipe, num_examples: int) -> Counts:
     full_steps, rest = divmod(num_examples, recipe.batch_size)
     short = rest if recipe.last_batch == "keep" else 0
     smallest = min(recipe.batch_size, short or recipe.batch_size)
-    if recipe.model.name == "cnn" and smallest == 1:
+    if smallest == 1 and (recipe.model.name == "cnn" or recipe.model.input_batchnorm):
         raise RecipeError(
             f"batch_size {recipe.batch_size} leaves a batch of one example, whose variance BatchNorm cannot take; "
             "use another --batch-size, or --last-batch drop"
@@ -82,6 +82,6 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """Return the order of `epoch` (from 1): int64 [num_examples], `default_rng([seed, epoch]).permutation(n)`.
 
     >>> epoch_order(0, 1, 5).tolist()
-    [2, 3, 1, 0, 4]
+    [1, 4, 3, 0, 2]
     """
     return np.random.default_rng([seed, epoch]).permutation(num_examples)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -308,7 +309,7 @@ def _adapter() -> TypeAdapter[Recipe]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise RecipeError(
                 f"recipe file {path} does not exist; --list shows the recipes that ship with this package"
             )

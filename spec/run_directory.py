@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,9 @@ from spec.files import write_atomic
 FILES = ("config.json", "metrics.jsonl", "summary.json", "weights.safetensors")
 
 
-def default_path(recipe_name: str) -> Path:
-    """Return `runs/<recipe>-<date>-<time>` in the working directory, with a number behind it when that exists."""
-    stem = Path("runs") / f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, number = stem, 2
-    while path.exists():
-        path, number = stem.with_name(f"{stem.name}-{number}"), number + 1
-    return path
-
-
 def check_usable(path: Path, *, overwrite: bool) -> None:
     """Raise RunDirectoryError unless a run may be written at `path`: new, empty, or a run to overwrite."""
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise RunDirectoryError(f"--out {path} is a file; name a directory that does not exist yet")
     there = sorted(item.name for item in _listing(path))
     if there and not overwrite:
@@ -39,31 +31,50 @@ def check_usable(path: Path, *, overwrite: bool) -> None:
         raise RunDirectoryError(
             f"--overwrite replaces a run, and {path} holds more: {', '.join(strangers[:3])}; name another directory"
         )
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    parent = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
         raise RunDirectoryError(f"--out {path} cannot be written: no permission in {parent}; name another directory")
 
 
 class RunDirectory:
-    """Writes one run. Every write raises RunDirectoryError, naming the path, when the disk refuses."""
+    """Writes one run, as a context manager. Every write raises RunDirectoryError, naming the path, if the disk refuses.
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
-        check_usable(path, overwrite=overwrite)
-        self.path = path
+    Without a path it claims `runs/<recipe>-<date>-<time>`, counted up until it is new. To overwrite, it writes beside
+    the old run, which is there until the new one is whole: a body that raises leaves the old run as it was.
+    """
+
+    def __init__(self, path: Path | None, recipe_name: str, *, overwrite: bool = False) -> None:
+        if path:
+            check_usable(path, overwrite=overwrite)
+        self.path = path or _claim(f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self._replaces = bool(_listing(self.path))
+        place = self.path.absolute()
+        self._folder = place.with_name(f".{place.name}.new") if self._replaces else place
         with self._explained():
-            path.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
-                with suppress(FileNotFoundError):
-                    (path / name).unlink()
+            if self._replaces:
+                shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._replaces:
+            return
+        if kind is None:
+            with self._explained():
+                for name in FILES:
+                    (self._folder / name).replace(self.path / name)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def write_json(self, name: str, content: Mapping) -> None:
         """Write `content` as a JSON file, whole or not at all; a number that is not finite is refused."""
         with self._explained():
-            write_atomic(self.path / name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+            write_atomic(self._folder / name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
     def append_metrics(self, event: str, content: Mapping) -> None:
         """Append one line to `metrics.jsonl`, and flush it."""
-        with self._explained(), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self._explained(), (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **content}, allow_nan=False) + "\n")
 
     def write_weights(self, state: Mapping[str, np.ndarray]) -> None:
@@ -72,7 +83,7 @@ class RunDirectory:
 
         with self._explained():
             content = save({name: np.ascontiguousarray(array) for name, array in state.items()})
-            write_atomic(self.path / "weights.safetensors", content)
+            write_atomic(self._folder / "weights.safetensors", content)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -84,8 +95,20 @@ class RunDirectory:
             ) from None
 
 
+def _claim(stem: str, number: int = 1) -> Path:
+    """Make and return a new directory in `runs`; two runs that start in the same second get two."""
+    path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return _claim(stem, number + 1)
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be made: {error}; name another place with --out") from None
+    return path
+
+
 def _listing(path: Path) -> list[Path]:
     try:
-        return list(path.iterdir()) if path.is_dir() else []
+        return list(path.iterdir()) if os.path.isdir(path) else []
     except OSError as error:
         raise RunDirectoryError(f"--out {path} cannot be read: {error}; name another directory") from None

@@ -39,10 +39,12 @@ LESSON = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m spec_tests.accuracy", description=__doc__, allow_abbrev=False)
     parser.add_argument("recipes", nargs="*", help="names; none prints the table of the figures there are")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1 (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1, two at least (default: 3)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own; kept as 'NAME, N epochs'")
     parser.add_argument("--data-dir", type=Path, help="a directory that holds the idx files")
     arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        raise UserError(f"--seeds {arguments.seeds} gives no standard deviation; use two at least")
     results = load_results()
     for name in arguments.recipes:
         recipes.load(name)
@@ -94,7 +96,7 @@ def _train(name: str, seed: int, arguments: argparse.Namespace) -> dict:
         out = Path(folder) / "run"
         command = [sys.executable, "-m", "jax_impl.train", "--quiet", "--recipe", name, "--seed", str(seed)]
         command += ["--out", str(out)]
-        command += ["--epochs", str(arguments.epochs)] if arguments.epochs else []
+        command += ["--epochs", str(arguments.epochs)] if arguments.epochs is not None else []
         command += ["--data-dir", str(arguments.data_dir)] if arguments.data_dir else []
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:

@@ -16,7 +16,7 @@ from spec import datasets, recipe
 from spec.datasets import Dataset, Split, __main__, cache, idx, preprocess, sources, tables
 from spec.datasets.catalog import IdxFile, IdxSet
 from spec.datasets.sizes import known_size
-from spec.errors import DataError
+from spec.errors import DataError, RecipeError
 from spec.recipe import Data, Preprocessing
 from spec_tests.conftest import ARRAYS, CONTENTS, idx_bytes
 
@@ -118,6 +118,20 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tiny, tmp_path
     monkeypatch.setenv("LOCKSTEP_CACHE", str(blocker))
     with pytest.raises(DataError, match=r"cache .*file.* cannot be written.*LOCKSTEP_CACHE"):
         datasets.load(Data(name="fashion_mnist"), data_dir=put(tmp_path / "named"))
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "\0"])
+def test_a_path_that_cannot_be_reached_is_an_error_like_any_other(tiny, tmp_path, monkeypatch, name):
+    with pytest.raises(DataError):
+        datasets.load(Data(name="fashion_mnist"), data_dir=tmp_path / name)
+    with pytest.raises(DataError):
+        datasets.load(Data(name="csv", path=str(tmp_path / name), test_fraction=0.0, seed=0))
+    with pytest.raises(RecipeError):
+        recipe.load(str(tmp_path / f"{name}.toml"))
+    if name != "\0":
+        monkeypatch.setenv("LOCKSTEP_CACHE", str(tmp_path / name))
+        with pytest.raises(DataError, match="cannot be written"):
+            datasets.load(Data(name="fashion_mnist"), data_dir=put(tmp_path / "named"))
 
 
 # Damage
@@ -265,6 +279,14 @@ def test_standardising_uses_the_training_split_alone_and_centres_a_constant_colu
     assert done.test.inputs.tolist() == [[3, 1]]
 
 
+def test_standardising_keeps_the_differences_of_a_column_with_a_large_offset():
+    times = Split(1.7e9 + np.arange(4.0)[:, None], np.array([0, 1, 0, 1], np.int32))
+    dataset = Dataset(name="times", train=times, test=None, class_names=("a", "b"))
+    done = preprocess(dataset, Preprocessing(divisor=1.0, mean=0.0, std=1.0, standardize=True))
+    expected = (np.arange(4) - 1.5) / np.sqrt(1.25)
+    assert np.abs(done.train.inputs[:, 0] - expected).max() < 1e-7
+
+
 def test_values_that_overflow_float32_are_refused():
     dataset = levels()
     huge = dataclasses.replace(dataset, train=Split(np.full((2, 1), 1e300), dataset.train.labels[:2]))
@@ -334,6 +356,7 @@ def test_a_csv_gives_its_columns_and_classes_in_the_order_of_the_labels(tmp_path
         ("1,2,0\n1,2,0.5\n", "has 0.5 in data row 2; the last column must hold whole-number labels"),
         ("1,2,1\n1,2,1\n", "csv has 1 classes; it needs 2"),
         (b"1,2,0\n\xff\xfe,2,1\n", "cannot be read"),
+        (",,\n1,2,0\n3,4,1\n", "'' to float64 at row 0, column 1"),
     ],
 )
 def test_a_bad_csv_is_refused_naming_the_file_the_row_and_the_rule(tmp_path, text, said):
@@ -389,8 +412,14 @@ def test_a_map_style_data_set_keeps_its_dtype(dtype):
 def test_a_map_style_data_set_is_found_by_module_and_object():
     loaded = datasets.load(MAP_STYLE)
     assert loaded.train.inputs.shape == (260, 28, 28, 1)
-    with pytest.raises(DataError, match="'nowhere:thing' names no object"):
-        datasets.load(dataclasses.replace(MAP_STYLE, path="nowhere:thing"))
+    for path, said in [
+        ("nowhere:thing", "ModuleNotFoundError"),
+        ("spec_tests.conftest:Nothing", "AttributeError"),
+        ("not a path", "ValueError"),
+        ("spec_tests.conftest:idx_bytes", "TypeError"),
+    ]:
+        with pytest.raises(DataError, match=f"'{path}' gives no data set: {said}"):
+            datasets.load(dataclasses.replace(MAP_STYLE, path=path))
 
 
 @pytest.mark.parametrize(
@@ -404,6 +433,9 @@ def test_a_map_style_data_set_is_found_by_module_and_object():
         ([([1], 0.5), ([2], 1.0)], "one integer each is needed"),
         ([([1], 0), ([2], 0)], "has 1 classes"),
         ([(["red"], 0), (["blue"], 1)], "numbers .* are needed"),
+        ([([1, [2, 3]], 0), ([1, 2], 1)], "inputs are no arrays"),
+        ([([1], 0), ([2], [1, 2])], "labels have different shapes"),
+        ([([1], 0), ([2], 10**10)], "labels from 0 to 10000000000"),
         ([(1, 0), (2, 1)], "numbers .* are needed"),
     ],
 )

@@ -45,8 +45,28 @@ def test_the_stored_order_is_that_of_the_hashed_keys(tiny_loaded):
 def test_files_that_are_not_the_data_set_are_refused(tiny_loaded):
     tiny, loaded = tiny_loaded
     other = Split(loaded.train.inputs, loaded.train.labels[::-1])
-    with pytest.raises(DataError, match="is not the idx files', example by example; delete that folder"):
+    with pytest.raises(DataError, match="is not the idx files', example by example; delete "):
         tfds_source.load(tiny, dataclasses.replace(loaded, train=other))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no description"])
+def test_damaged_tfds_files_are_refused_with_the_folder_to_delete(tiny_loaded, damage):
+    tiny, loaded = tiny_loaded
+    folder = cache.root() / "tfds" / "fashion_mnist"
+    (records,) = folder.rglob("*train*array_record*")
+    content = records.read_bytes()
+    match damage:
+        case "cut":
+            records.write_bytes(content[: len(content) // 2])
+        case "flipped":
+            position = content.index(b"IHDR") + 6
+            records.write_bytes(content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :])
+        case "missing":
+            records.unlink()
+        case "no description":
+            next(folder.rglob("dataset_info.json")).write_text("{")
+    with pytest.raises(DataError, match=rf"delete {folder}, and the next run writes them anew"):
+        tfds_source.load(tiny, loaded)
 
 
 def test_the_first_train_label_that_tfds_stores_is_2_where_the_idx_files_is_9(fashion_mnist):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from spec import params, recipe
+from spec import params, recipe, recorder
 from spec.datasets.catalog import IDX_SETS
 
 SUMMARY_KEYS = {
@@ -258,6 +258,57 @@ def test_a_used_directory_is_refused_then_replaced_when_told_to(trainer_command,
     assert len(lines(out / "metrics.jsonl")) == len(before["metrics.jsonl"].splitlines())
 
 
+def test_a_run_that_fails_leaves_the_run_it_was_to_replace(trainer_command, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--recipe", "digits", "--epochs", 1, "--quiet", "--out", out]
+    assert trainer_command(*flags).status == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    deep = "--recipe mlp512 --data.name digits --data.test-fraction 0 --data.seed 0 --learning-rate 1e6"
+    assert trainer_command(*deep.split(), "--overwrite", "--out", out).status == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_update_that_ruins_the_net_in_the_last_step_is_refused_too(trainer_command, tmp_path):
+    deep = "--recipe digits --epochs 1 --learning-rate 1e6 --init.weight normal --init.std 1 --batch-size 1438"
+    deep += " --model.hidden-sizes" + " 64" * 8 + " --model.activations" + " relu" * 8
+    ended = trainer_command(*deep.split(), "--out", tmp_path / "run")
+    assert ended.status == 2
+    assert "the test loss is not finite after epoch 1: it diverged; lower --learning-rate (now 1e+06)" in ended.err
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_final_state_that_is_not_finite_is_refused_naming_the_leaf(value):
+    good, bad = np.zeros(3), np.array([0, value, 0])
+    recorder.refuse_nonfinite({"linear1.weight": good}, recipe.load("mlp128"))
+    with pytest.raises(recorder.DivergedError, match="linear2.bias is not finite after the last step"):
+        recorder.refuse_nonfinite({"linear1.weight": good, "linear2.bias": bad}, recipe.load("mlp128"))
+
+
+def test_runs_that_start_in_the_same_second_get_directories_of_their_own(trainer_command, tmp_path, monkeypatch):
+    from spec import run_directory
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_directory.time, "strftime", lambda _: "20260101-000000")
+    for _ in range(3):
+        assert trainer_command("--recipe", "synthetic-3class", "--epochs", 1, "--quiet").status == 0
+    stem = "synthetic-3class-20260101-000000"
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [stem, f"{stem}-2", f"{stem}-3"]
+
+
+def test_quiet_changes_nothing_in_the_files(trainer_command, tmp_path):
+    for name, more in {"loud": [], "quiet": ["--quiet"]}.items():
+        flags = ["--recipe", "digits", "--epochs", 2, "--metrics.progress-every", 10, "--out", tmp_path / name]
+        assert trainer_command(*flags, *more).status == 0
+    loud, quiet = (
+        [event | {"seconds": None} for event in lines(tmp_path / name / "metrics.jsonl")] for name in ("loud", "quiet")
+    )
+    assert loud == quiet
+    assert len(loud) == 2 * (5 + 1)
+
+
 def test_overwrite_never_touches_what_is_no_run(trainer_command, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     ended = trainer_command("--recipe", "synthetic-3class", "--out", tmp_path, "--overwrite")
@@ -268,7 +319,7 @@ def test_overwrite_never_touches_what_is_no_run(trainer_command, tmp_path):
 
 def test_an_out_that_cannot_be_written_is_refused_before_anything_is_trained(trainer_command, tmp_path):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/lockstep")):
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/lockstep"), tmp_path / ("n" * 300)):
         ended = trainer_command("--recipe", "digits", "--out", out)
         assert ended.status == 2
         assert str(out) in ended.err

@@ -45,7 +45,7 @@ def read_verified(path: Path, file: IdxFile) -> bytes:
 
 def missing_files(idx_set: IdxSet) -> list[IdxFile]:
     """Return the files that the cache lacks."""
-    return [file for file in idx_set.files if not (raw_folder(idx_set) / file.name).exists()]
+    return [file for file in idx_set.files if not os.path.exists(raw_folder(idx_set) / file.name)]
 
 
 def damage(idx_set: IdxSet) -> dict[str, str]:
@@ -54,7 +54,7 @@ def damage(idx_set: IdxSet) -> dict[str, str]:
     for file in idx_set.files:
         path = raw_folder(idx_set) / file.name
         try:
-            if not path.exists():
+            if not os.path.exists(path):
                 raise DataError(f"{path} is missing")
             read_verified(path, file)
         except DataError as error:

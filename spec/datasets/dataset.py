@@ -42,19 +42,20 @@ def preprocess(dataset: Dataset, preprocessing: Preprocessing) -> Dataset:
     """Return the data set with float32 inputs: ((x / divisor) - mean) / std, in this order and in float32 (S1).
 
     `standardize` then gives every column mean 0 and population standard deviation 1 over the training split; a
-    constant column is only centred. Raises DataError when a value overflows float32.
+    constant column is only centred. It works in float64 throughout, so that a column's offset does not swallow its
+    differences, and is rounded once. Raises DataError when a value overflows float32.
     """
+    dtype = np.float64 if preprocessing.standardize else np.float32
 
     def normalize(split: Split) -> Split:
-        unit = split.inputs.astype(np.float32) / np.float32(preprocessing.divisor)
-        return Split((unit - np.float32(preprocessing.mean)) / np.float32(preprocessing.std), split.labels)
+        unit = split.inputs.astype(dtype) / dtype(preprocessing.divisor)
+        return Split((unit - dtype(preprocessing.mean)) / dtype(preprocessing.std), split.labels)
 
     with np.errstate(over="ignore", invalid="ignore"):
         train = normalize(dataset.train)
         test = normalize(dataset.test) if dataset.test else None
         if preprocessing.standardize:
-            mean = train.inputs.mean(axis=0, dtype=np.float64)
-            std = train.inputs.std(axis=0, dtype=np.float64)
+            mean, std = train.inputs.mean(axis=0), train.inputs.std(axis=0)
             std = np.where(std > 0, std, 1)
             train = _standardize(train, mean, std)
             test = _standardize(test, mean, std) if test else None

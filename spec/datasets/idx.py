@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
 
     Raises DataError for a file that is not a regular one, is empty, cannot be read, or holds more.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path} is not a regular file; give an idx file, plain or gzip")
     try:
         with path.open("rb") as file:

@@ -84,7 +84,7 @@ def from_directory(directory: Path) -> Source:
     """Return the source that reads `directory`: idx files, plain or gzip, in it or in torchvision's folders below."""
 
     def source(idx_set: IdxSet, files: list[IdxFile]) -> Contents:
-        if not directory.is_dir():
+        if not os.path.isdir(directory):
             raise DataError(
                 f"--data-dir {directory} is not a directory; name one that holds {idx_set.title}'s idx files"
             )
@@ -97,7 +97,7 @@ def from_directory(directory: Path) -> Source:
 def _find(places: Iterable[Path], file: IdxFile) -> Path:
     candidates = [place / name for place in places for name in (file.name, f"{file.name}.gz")]
     for path in candidates:
-        if path.exists():
+        if os.path.exists(path):
             return path
     raise DataError(f"{candidates[0]} is missing, and so is {candidates[1].name}; put either there")
 
@@ -114,7 +114,7 @@ def from_system_package(idx_set: IdxSet, files: list[IdxFile]) -> Contents:
     if idx_set.debian_package is None:
         raise DataError(f"there is none for {idx_set.title}")
     folder = SYSTEM_FOLDER / idx_set.debian_package.removeprefix("dataset-")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{idx_set.debian_package} is not installed")
     return {file.name: cache.read_verified(_find((folder,), file), file) for file in files}
 

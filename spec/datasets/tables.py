@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import pkgutil
 import warnings
 from pathlib import Path
@@ -53,7 +54,7 @@ def load_csv(data: Data) -> Dataset:
     path = Path(data.path)
     if data.path == "":
         raise DataError("data.path is empty; name a CSV file with --data.path FILE")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path} does not exist or is no file; name a CSV file with --data.path FILE")
     table = _read_table(path)
     if table.shape[1] < 2:
@@ -70,11 +71,13 @@ def load_map_style(data: Data) -> Dataset:
     """Return the map-style object that `data.path` names as `module:object`; a callable is called first."""
     try:
         found = pkgutil.resolve_name(data.path)
-    except (ValueError, ImportError, AttributeError) as error:
+        items = found() if callable(found) else found
+    except Exception as error:
         raise DataError(
-            f"data.path {data.path!r} names no object: {error}; write module:object, the module importable from here"
+            f"data.path {data.path!r} gives no data set: {type(error).__name__}: {error}; write module:object, the "
+            "module importable from here"
         ) from None
-    return from_map_style(found() if callable(found) else found, data)
+    return from_map_style(items, data)
 
 
 def from_map_style(items: Any, data: Data) -> Dataset:
@@ -89,14 +92,26 @@ def from_map_style(items: Any, data: Data) -> Dataset:
     pairs = [items[index] for index in range(len(items))]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise DataError("an item of the map-style data set is not a pair (input, label)")
-    inputs = [np.asarray(pair[0]) for pair in pairs]
-    if len(shapes := {array.shape for array in inputs}) > 1:
-        raise DataError(f"the inputs have different shapes, {sorted(shapes)[:2]} among them; give them one shape")
-    labels = np.asarray([pair[1] for pair in pairs])
+    inputs = _stack([pair[0] for pair in pairs], "inputs")
+    labels = _stack([pair[1] for pair in pairs], "labels")
     classes = getattr(items, "classes", None)
-    if classes is None and np.issubdtype(labels.dtype, np.integer):
-        classes = [str(label) for label in range(labels.max() + 1)]
-    return held_out("map_style", np.stack(inputs), labels, tuple(classes or ()), data)
+    if not isinstance(classes, list | tuple):
+        whole = labels.dtype.kind in "iu" and labels.size > 0
+        classes = [str(label) for label in range(min(int(labels.max()) + 1, MAX_CLASSES + 1))] if whole else []
+    return held_out("map_style", inputs, labels, tuple(str(name) for name in classes), data)
+
+
+def _stack(values: list, what: str) -> np.ndarray:
+    """Return the arrays as one; DataError unless all have one shape."""
+    try:
+        arrays = [np.asarray(value) for value in values]
+    except ValueError as error:
+        raise DataError(f"the map-style data set's {what} are no arrays: {error}; give numbers of one shape") from None
+    if len(shapes := {array.shape for array in arrays}) > 1:
+        raise DataError(
+            f"the map-style data set's {what} have different shapes, {sorted(shapes)[:2]} among them; give one shape"
+        )
+    return np.stack(arrays)
 
 
 def held_out(name: str, inputs: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], data: Data) -> Dataset:
@@ -156,14 +171,14 @@ def _read_table(path: Path) -> np.ndarray:
 
 
 def _is_header(fields: list[str]) -> bool:
-    """Say whether a first row is a header: no field of it is a number."""
+    """Say whether a first row is a header: every field of it is a name, none a number."""
     for field in fields:
         try:
             float(field)
         except ValueError:
             continue
         return False
-    return bool(fields)
+    return bool(fields) and all(field.strip() for field in fields)
 
 
 def _refuse(path: Path, bad: np.ndarray, values: np.ndarray, rule: str) -> None:

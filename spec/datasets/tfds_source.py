@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,20 @@ def load(idx_set: IdxSet, dataset: Dataset) -> Dataset:
 
     Raises DataError when the extra `tfds` is not installed, or when what TFDS stores is not the data set.
     """
-    builder = _prepare(idx_set, dataset)
-    return Dataset(
-        name=dataset.name,
-        train=_read(builder, "train", dataset.train, idx_set),
-        test=_read(builder, "test", dataset.test, idx_set),
-        class_names=dataset.class_names,
-    )
+    _import_tfds()
+    try:
+        builder = _prepare(idx_set, dataset)
+        splits = {name: _read(builder, name) for name in ("train", "test")}
+    except DataError:
+        raise
+    except Exception as error:  # TFDS and its readers raise what they like on a damaged file or a full disk
+        raise DataError(f"TFDS's files of {idx_set.title}: {type(error).__name__}: {error}; {_mend(idx_set)}") from None
+    for name, expected in (("train", dataset.train), ("test", dataset.test)):
+        if not all(np.array_equal(ours, theirs) for ours, theirs in zip(splits[name], expected, strict=True)):
+            raise DataError(
+                f"TFDS's {idx_set.title} {name} is not the idx files', example by example; {_mend(idx_set)}"
+            )
+    return replace(dataset, **splits)
 
 
 def canonical_positions(split: str, num_examples: int) -> np.ndarray:
@@ -91,21 +99,18 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _read(builder: Any, name: str, expected: Split, idx_set: IdxSet) -> Split:
+def _mend(idx_set: IdxSet) -> str:
+    return f"delete {cache.root() / 'tfds' / idx_set.name}, and the next run writes them anew"
+
+
+def _read(builder: Any, name: str) -> Split:
     source = builder.as_data_source(split=name)
     positions = canonical_positions(name, len(source))
     examples = source.__getitems__(positions.tolist())
-    split = Split(
+    return Split(
         np.stack([example["image"] for example in examples]),
         np.asarray([example["label"] for example in examples], np.int32),
     )
-    if not all(np.array_equal(ours, theirs) for ours, theirs in zip(split, expected, strict=True)):
-        folder = Path(builder.data_path)
-        raise DataError(
-            f"TFDS's {idx_set.title} {name} in {folder} is not the idx files', example by example; "
-            "delete that folder, and the next run builds it anew"
-        )
-    return split
 
 
 def _import_tfds() -> Any:
