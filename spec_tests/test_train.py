@@ -283,7 +283,7 @@ def test_an_update_that_ruins_the_net_in_the_last_step_is_refused_too(trainer_co
 def test_a_final_state_that_is_not_finite_is_refused_naming_the_leaf(value):
     good, bad = np.zeros(3), np.array([0, value, 0])
     recorder.refuse_nonfinite({"linear1.weight": good}, recipe.load("mlp128"))
-    with pytest.raises(recorder.DivergedError, match="linear2.bias is not finite after the last step"):
+    with pytest.raises(recorder.DivergedError, match=r"linear2.bias is not finite after the last step"):
         recorder.refuse_nonfinite({"linear1.weight": good, "linear2.bias": bad}, recipe.load("mlp128"))
 
 
