@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS = constraints/main.txt
 BIN = $(VENV)/bin
+SOURCES = spec jax_impl torch_ref spec_tests
 WORKERS ?= auto
 
 .PHONY: train test test-all data lint format wheel clean
@@ -21,13 +22,13 @@ data: $(VENV)/.test
 	-$(BIN)/python -m spec.datasets fetch fashion_mnist
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports
 
 format: $(VENV)/.test
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
 
 wheel: $(VENV)/.test
 	$(BIN)/python -m build --wheel

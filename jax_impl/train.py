@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from spec import command_line
-from spec.errors import exit_status
+from spec.errors import run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,4 +27,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_program(main)

@@ -17,7 +17,7 @@ from jax_impl import models, optim
 from jax_impl.convert import from_canonical, to_canonical
 from jax_impl.epoch import DeviceSplit, Span, make_evaluate, make_run_steps
 from jax_impl.parallel import select_device
-from jax_impl.step import StepMetrics, TrainState, make_eval_step, make_train_step
+from jax_impl.step import ExampleMetrics, StepMetrics, TrainState, make_eval_step, make_train_step
 from spec import datasets, params, run_directory
 from spec.batches import count, epoch_order
 from spec.command_line import Flags
@@ -29,6 +29,7 @@ from spec.recipe import Recipe, to_mapping
 from spec.recorder import record, refuse_nonfinite
 from spec.run_directory import RunDirectory
 
+POLL_SECONDS = 0.0005
 PACKAGES = ("lockstep", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -70,6 +71,7 @@ class Trainer:
         if self.test_split is None:
             return None, None
         metrics = self._evaluate(self._state, self.test_split)
+        _wait(metrics)
         return np.asarray(metrics.loss), np.asarray(metrics.prediction) == self._test_labels
 
     def state(self) -> dict[str, np.ndarray]:
@@ -204,11 +206,18 @@ def _enable_x64(enabled: bool) -> contextlib.AbstractContextManager:
     return enable_x64(enabled)
 
 
+def _wait(metrics: StepMetrics | ExampleMetrics) -> None:
+    """Wait for the device in Python: an interrupt is not heard inside JAX's own waiting."""
+    while not all(leaf.is_ready() for leaf in metrics):
+        time.sleep(POLL_SECONDS)
+
+
 def _span(epoch: int, start: int, stop: int) -> Span:
     return Span(np.int32(epoch), np.int32(start), np.int32(stop))
 
 
 def _steps_done(span: Span, metrics: StepMetrics) -> StepsDone:
+    _wait(metrics)
     epoch, start, stop = map(int, span)
     losses, num_correct = (np.asarray(leaf)[start:stop] for leaf in metrics)
     return StepsDone(epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct)

@@ -16,7 +16,7 @@ from spec import recipe as recipes
 from spec.recipe import DataSource, Recipe
 
 DEFAULT_RECIPE = "mlp128"
-WIDE = 200  # columns of a table that no terminal shows
+WIDE = 200  # columns of the table: a narrow terminal wraps whole rows, and names stay whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,8 @@ def parse(arguments: Sequence[str], *, program: str, description: str) -> Flags:
     checked = recipes.parse(recipes.to_mapping(flags.config), source=name)
     if replace(checked, seed=default.config.seed) != default.config:
         checked = replace(checked, expected=None)  # it was measured for the recipe unchanged
-    return replace(flags, config=checked)
+    paths = {name: path.expanduser() for name in ("out", "data_dir") if (path := getattr(flags, name))}
+    return replace(flags, config=checked, **paths)
 
 
 def print_recipe(recipe: Recipe) -> None:
@@ -79,14 +80,14 @@ def print_recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    console = Console(highlight=False, width=WIDE)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("recipe", "model", "parameters", "data", "epochs x steps", "test accuracy"):
         justify = "right" if heading in ("parameters", "epochs x steps") else "left"
-        table.add_column(heading, justify=justify, overflow="fold")
+        table.add_column(heading, justify=justify, no_wrap=True)
     for name in recipes.recipe_names():
         table.add_row(name, *_describe(recipes.load(name)))
-    console.print(table)
+    console.print(table, soft_wrap=True)
 
 
 def _describe(recipe: Recipe) -> tuple[str, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -30,11 +32,30 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def run_program(program: Callable[[], None]) -> NoReturn:
+    """Run `program`, and leave the process with its `exit_status`.
+
+    A failed or interrupted one leaves at once: the threads of a device program that is still running, and output that
+    cannot be flushed, would otherwise crash the interpreter as it shuts down.
+    """
+    status = exit_status(program)
+    if status == 0:
+        sys.exit(0)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def python_command() -> str:
+    """Return how this Python is called from here, for messages that say what to type: `.venv/bin/python`, say."""
+    relative = os.path.relpath(sys.executable)
+    return sys.executable if relative.startswith("..") else relative
+
+
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`; return 0, 2 after a `UserError`, 130 after an interrupt, 141 when our output's reader left."""
+    """Run `program`; return 0, 2 after a mistake of the user's, 130 after an interrupt, 141 after a broken pipe."""
     try:
         program()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,7 +66,10 @@ def exit_status(program: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        with suppress(OSError):
-            sys.stdout.close()
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: no space left to write output: {error}", file=sys.stderr)
+        return 2
     return 0

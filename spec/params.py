@@ -130,7 +130,8 @@ def _cnn_leaves(model: Model, input_shape: tuple[int, ...], outputs: int) -> Ite
     if len(input_shape) != 3 or min(input_shape[:2]) >> len(channels) == 0:
         raise RecipeError(
             f"model.name cnn with {len(channels)} channels needs images of at least {2 ** len(channels)}x"
-            f"{2 ** len(channels)}; these examples have shape {list(input_shape)}; use mlp, or fewer channels"
+            f"{2 ** len(channels)}, channels last; these examples have shape {list(input_shape)}; move the channels to "
+            "the end, use mlp, or state fewer model.channels"
         )
     height, width, inputs = input_shape
     for index, outs in enumerate(channels, start=1):

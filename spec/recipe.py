@@ -263,12 +263,13 @@ def recipe_names() -> list[str]:
 
 
 def load(name_or_path: str) -> Recipe:
-    """Return the recipe of that name, of a `.toml` file, or of a run's `config.json`.
+    """Return the recipe of that name, of a `.toml` file, or of a run (its directory, or its `config.json`).
 
     Raises RecipeError when there is none, when the file cannot be read, or when it breaks a rule.
     """
     if name_or_path.endswith((".toml", ".json")) or "/" in name_or_path:
-        return parse(_read_mapping(Path(name_or_path)), source=name_or_path)
+        path = Path(name_or_path).expanduser()
+        return parse(_read_mapping(path / "config.json" if os.path.isdir(path) else path), source=name_or_path)
     if name_or_path not in recipe_names():
         raise RecipeError(
             f"recipe {name_or_path!r} does not exist{did_you_mean(name_or_path, recipe_names())}; "
@@ -338,6 +339,8 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "unexpected_keyword_argument":
         known = _known_keys(detail["loc"][:-1])
         return f"{path} is not a field{did_you_mean(str(detail['loc'][-1]), known)}; fields here: {', '.join(known)}"
+    if detail["type"] == "string_pattern_mismatch":
+        return f"{path} {detail['input']!r}: must be lower-case letters, digits and hyphens"
     if detail["type"] in {"missing", "missing_argument"}:
         return f"{path} is missing; a recipe states every field"
     value = repr(detail["input"])

@@ -32,7 +32,9 @@ def check_usable(path: Path, *, overwrite: bool) -> None:
             f"--overwrite replaces a run, and {path} holds more: {', '.join(strangers[:3])}; name another directory"
         )
     parent = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+    if not os.path.isdir(parent):
+        raise RunDirectoryError(f"--out {path} cannot be written: {parent} is a file; name another directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise RunDirectoryError(f"--out {path} cannot be written: no permission in {parent}; name another directory")
 
 

@@ -1,7 +1,7 @@
 """`python -m spec_tests.accuracy RECIPE ...`: train each recipe with several seeds, keep the figures, print the table.
 
-Each run is a process of its own, as a user starts it. Figures go to `results/accuracy.json`, which README's table and
-the recipes' `expected` are held against.
+Each run is a process of its own, as a user starts it. With `--keep` figures go to `results/accuracy.json`, which
+README's table and the recipes' `expected` are held against.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from spec import recipe as recipes
-from spec.errors import UserError, exit_status
+from spec.errors import UserError, run_program
 from spec.files import write_atomic
 
 RESULTS = Path("results") / "accuracy.json"
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", help="names; none prints the table of the figures there are")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1, two at least (default: 3)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own; kept as 'NAME, N epochs'")
+    parser.add_argument("--keep", action="store_true", help="keep the figures in results/accuracy.json")
     parser.add_argument("--data-dir", type=Path, help="a directory that holds the idx files")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
@@ -50,6 +51,8 @@ def main() -> None:
         recipes.load(name)
         key = name if arguments.epochs is None else f"{name}, {arguments.epochs} epochs"
         results[key] = measure(name, arguments)
+        if not arguments.keep:
+            continue
         RESULTS.parent.mkdir(exist_ok=True)
         write_atomic(RESULTS, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
     print(table(results))
@@ -127,4 +130,4 @@ def _mean_sd(values: list[float | None]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_program(main)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from spec import datasets
 from spec import recipe as recipes
-from spec.errors import UserError, exit_status
+from spec.errors import UserError, python_command, run_program
 from spec.files import write_atomic
 
 RESULTS = Path("results") / "speed.json"
@@ -33,6 +34,11 @@ def main() -> None:
     parser.add_argument("--process", action="store_true", help="pair whole processes, every epoch of the recipe")
     parser.add_argument("--keep", action="store_true", help="keep the times in results/speed.json")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"the lesson's loop needs the extra torch: {python_command()} -m pip install -c constraints/main.txt "
+            "-e '.[torch]'"
+        )
     measure = _processes if arguments.process else _epochs
     lesson, ours = measure(arguments.recipe)
     key = f"{arguments.recipe}, {'whole process' if arguments.process else 'an epoch'}"
@@ -103,4 +109,4 @@ def _range(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_program(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ def short_run_of(name: str, tmp_path: Path) -> list[str]:
     if name == "csv":
         (tmp_path / "table.csv").write_text(CSV)
         return ["--data.path", str(tmp_path / "table.csv"), "--epochs", "1"]
+    if name == "map-style":
+        return ["--data.path", "spec_tests.conftest:MadeUpImages", "--epochs", "1"]
     if recipe.load(name).data.name in IDX_SETS:
         return [*MADE_UP.split(), "--epochs", "1", "--batch-size", "60"]
     return ["--epochs", "1"]
@@ -197,6 +200,8 @@ def test_quiet_prints_the_last_line_alone(trainer_command, tmp_path):
         ("--data-source web", "web"),
         ("--data.name csv", "data.path is missing"),
         ("--recipe csv", "data.path is empty; name a CSV file with --data.path FILE"),
+        ("--recipe map-style", "data.path is empty; name a data set with --data.path module:object"),
+        ("--name a/b", "name 'a/b': must be lower-case letters, digits and hyphens"),
         ("--recipe csv --data.path nowhere.csv", "nowhere.csv does not exist"),
         ("--recipe digits --data-dir /nowhere", "leave it out"),
         ("--data-dir /nowhere", "/nowhere is not a directory"),
@@ -381,6 +386,28 @@ def test_help_needs_no_jax():
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "--learning-rate" in ended.stdout
+
+
+def test_an_interrupt_while_the_device_works_leaves_with_130(tmp_path):
+    command = [sys.executable, "-u", "-m", "jax_impl.train", "--recipe", "mlp512", "--out", str(tmp_path / "run")]
+    command += [*MADE_UP.split(), "--epochs", "100000", "--batch-size", "50"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "cumulative" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_output_that_has_no_room_is_a_short_error(tmp_path):
+    for flags in (["--list"], ["--recipe", "synthetic-3class", "--out", str(tmp_path / "run")]):
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "jax_impl.train", *flags]
+            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: no space left to write output")
+        assert len(ended.stderr.splitlines()) == 1
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path):

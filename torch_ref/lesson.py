@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 from spec import recipe as recipes
 from spec.datasets import cache, sources
 from spec.datasets.catalog import IDX_SETS
-from spec.errors import RecipeError, exit_status
+from spec.errors import RecipeError, run_program
 from spec.recipe import Recipe
 from torch_ref.vision import torchvision
 
@@ -103,4 +102,4 @@ def _correct(model: nn.Module, loader: DataLoader) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_program(main)

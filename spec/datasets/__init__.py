@@ -57,7 +57,7 @@ def _load_idx(idx_set: IdxSet) -> Dataset:
         try:
             arrays.append(file.parse(cache.read_verified(path, file), source=str(path)))
         except DataError as error:
-            raise DataError(f"{error}; `python -m spec.datasets fetch {idx_set.name}` fetches it anew") from None
+            raise DataError(f"{error}; {cache.mend(idx_set)}") from None
     train_images, train_labels, test_images, test_labels = arrays
     return Dataset(
         name=idx_set.name,

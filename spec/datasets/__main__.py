@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from spec.datasets import cache, sources
 from spec.datasets.catalog import IDX_SETS
-from spec.errors import DataError, exit_status
+from spec.errors import DataError, run_program
 
 
 def main() -> None:
@@ -29,10 +28,10 @@ def verify(name: str) -> None:
     idx_set = IDX_SETS[name]
     found = cache.damage(idx_set)
     for file in idx_set.files:
-        print(f"{'bad ' if file.name in found else 'good'}  {file.name}  sha256 {file.sha256}")
+        print(f"bad   {found[file.name]}" if file.name in found else f"good  {file.name}  sha256 {file.sha256}")
     if found:
-        raise DataError("\n  ".join([*found.values(), f"`python -m spec.datasets fetch {name}` mends the cache"]))
+        raise DataError(f"{len(found)} of {len(idx_set.files)} files are bad; {cache.mend(idx_set)}")
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    run_program(main)

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from spec.datasets import idx
 from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
-from spec.errors import DataError
+from spec.errors import DataError, python_command
 from spec.files import write_atomic
 
 LOCK_SECONDS = 900
@@ -21,7 +21,7 @@ LOCK_SECONDS = 900
 def root() -> Path:
     """Return the cache's root: `$LOCKSTEP_CACHE`, else `lockstep` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if named := os.environ.get("LOCKSTEP_CACHE"):
-        return Path(named)
+        return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
 
 
@@ -67,6 +67,11 @@ def store(idx_set: IdxSet, contents: Mapping[str, bytes]) -> None:
     with _explained(raw_folder(idx_set)):
         for name, content in contents.items():
             write_atomic(raw_folder(idx_set) / name, content)
+
+
+def mend(idx_set: IdxSet) -> str:
+    """Say how to mend the set's cached files."""
+    return f"`{python_command()} -m spec.datasets fetch {idx_set.name}` fetches it anew (or from --data-dir DIR)"
 
 
 @contextmanager

@@ -38,9 +38,10 @@ def ensure(idx_set: IdxSet, *, data_dir: Path | None = None, repair: bool = Fals
     """Make sure that the cache holds the set's files, fetching those it lacks (and, with `repair`, damaged ones).
 
     A directory the user names must hold good files even where the cache has them already: a damaged file that was
-    named must not hide behind a good one that was not.
+    named must not hide behind a good one that was not. Its files mend a damaged cache.
     """
     named = from_directory(data_dir)(idx_set, list(idx_set.files)) if data_dir else None
+    repair = repair or named is not None
     if not _lacking(idx_set, repair=repair):
         return
     with cache.lock(idx_set):
@@ -73,7 +74,7 @@ def _first_that_works(idx_set: IdxSet, files: list[IdxFile], tried: dict[str, So
         except DataError as error:
             reasons.append(f"  {name}: {error}")
     raise DataError(
-        f"{idx_set.title} is not in the cache {cache.raw_folder(idx_set)}, and no source has it:\n"
+        f"the cache {cache.raw_folder(idx_set)} lacks good files of {idx_set.title}, and no source has them:\n"
         + "\n".join(reasons)
         + "\nGet its four idx files, and name their directory with --data-dir DIR, or put them there; "
         "`--recipe digits` runs with no download"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import pkgutil
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def load_csv(data: Data) -> Dataset:
 
     Labels are whole numbers; class k is the k-th smallest of them. Raises DataError naming the file and the row.
     """
-    path = Path(data.path)
+    path = Path(data.path).expanduser()
     if data.path == "":
         raise DataError("data.path is empty; name a CSV file with --data.path FILE")
     if not os.path.isfile(path):
@@ -69,6 +70,8 @@ def load_csv(data: Data) -> Dataset:
 
 def load_map_style(data: Data) -> Dataset:
     """Return the map-style object that `data.path` names as `module:object`; a callable is called first."""
+    if data.path == "":
+        raise DataError("data.path is empty; name a data set with --data.path module:object")
     try:
         found = pkgutil.resolve_name(data.path)
         items = found() if callable(found) else found
@@ -89,7 +92,7 @@ def from_map_style(items: Any, data: Data) -> Dataset:
         raise DataError(f"a map-style data set has a length and items; {type(items).__name__} has not")
     if len(items) == 0:
         raise DataError("the map-style data set is empty; give it one example at least")
-    pairs = [items[index] for index in range(len(items))]
+    pairs = [_item(items, index) for index in range(len(items))]
     if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise DataError("an item of the map-style data set is not a pair (input, label)")
     inputs = _stack([pair[0] for pair in pairs], "inputs")
@@ -101,11 +104,18 @@ def from_map_style(items: Any, data: Data) -> Dataset:
     return held_out("map_style", inputs, labels, tuple(str(name) for name in classes), data)
 
 
+def _item(items: Any, index: int) -> Any:
+    try:
+        return items[index]
+    except Exception as error:
+        raise DataError(f"item {index} of the map-style data set raised {type(error).__name__}: {error}") from None
+
+
 def _stack(values: list, what: str) -> np.ndarray:
     """Return the arrays as one; DataError unless all have one shape."""
     try:
         arrays = [np.asarray(value) for value in values]
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"the map-style data set's {what} are no arrays: {error}; give numbers of one shape") from None
     if len(shapes := {array.shape for array in arrays}) > 1:
         raise DataError(
@@ -137,19 +147,23 @@ def _check(name: str, inputs: np.ndarray, labels: np.ndarray, class_names: tuple
     if inputs.ndim not in (2, 4) or 0 in inputs.shape or inputs.dtype.kind not in "buif":
         raise DataError(
             f"{name} has inputs of shape {list(inputs.shape)} and dtype {inputs.dtype}; "
-            "numbers [examples, features] or [examples, height, width, channels] are needed"
+            "numbers [examples, features] or [examples, height, width, channels] are needed (grey images: x[..., None])"
         )
     if not np.isfinite(inputs).all():
         raise DataError(f"{name} has {np.count_nonzero(~np.isfinite(inputs))} input values that are not finite")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(f"{name} has labels of shape {list(labels.shape)}, {labels.dtype}; one integer each is needed")
+    if len(class_names) < 2:
+        raise DataError(
+            f"{name} has labels from {labels.min()} to {labels.max()}; two classes at least are needed, from 0"
+        )
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise DataError(
             f"{name} has labels from {labels.min()} to {labels.max()}; with {len(class_names)} classes they must run "
             f"from 0 to {len(class_names) - 1}"
         )
-    if not 2 <= len(class_names) <= MAX_CLASSES:
-        raise DataError(f"{name} has {len(class_names)} classes; it needs 2 to {MAX_CLASSES:,}")
+    if len(class_names) > MAX_CLASSES:
+        raise DataError(f"{name} has {len(class_names):,} classes; the limit is {MAX_CLASSES:,}")
 
 
 def _read_table(path: Path) -> np.ndarray:
@@ -162,9 +176,7 @@ def _read_table(path: Path) -> np.ndarray:
                 path, delimiter=",", skiprows=int(header), ndmin=2, quotechar='"', encoding="utf-8-sig", comments=None
             )
     except (OSError, UnicodeError, ValueError, csv.Error) as error:
-        message = str(error).removesuffix(".")
-        counted = " (rows count from 0, the header left out)" if "at row" in message else ""
-        raise DataError(f"{path} cannot be read as numbers: {message}{counted}; mend or drop that row") from None
+        raise DataError(f"{path} cannot be read as comma-separated numbers: {_with_data_row(str(error))}") from None
     if table.size == 0:
         raise DataError(f"{path} holds no rows")
     return table
@@ -179,6 +191,14 @@ def _is_header(fields: list[str]) -> bool:
             continue
         return False
     return bool(fields) and all(field.strip() for field in fields)
+
+
+def _with_data_row(message: str) -> str:
+    """Return NumPy's message with its row counted from 1, as all our messages count (it counts both ways)."""
+    message = message.removesuffix(".").split("; use `usecols`")[0]
+    first = 1 if "could not convert" in message else 0
+    counted = re.sub(r"at row (\d+)", lambda found: f"in data row {int(found[1]) + first}", message)
+    return counted if counted == message else f"{counted}; mend or drop that row"
 
 
 def _refuse(path: Path, bad: np.ndarray, values: np.ndarray, rule: str) -> None:

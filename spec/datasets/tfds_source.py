@@ -23,7 +23,7 @@ import numpy as np
 from spec.datasets import cache
 from spec.datasets.catalog import IdxSet
 from spec.datasets.dataset import Dataset, Split
-from spec.errors import DataError
+from spec.errors import DataError, python_command
 
 
 def load(idx_set: IdxSet, dataset: Dataset) -> Dataset:
@@ -122,7 +122,10 @@ def _import_tfds() -> Any:
             import importlib_resources  # noqa: F401
             import tensorflow_datasets as tfds
     except ImportError as error:
-        raise DataError(f"--data-source tfds needs the extra tfds ({error}); pip install 'lockstep[tfds]'") from None
+        raise DataError(
+            f"--data-source tfds needs the extra tfds ({error}); in the checkout: {python_command()} "
+            "-m pip install -c constraints/main.txt -e '.[tfds]'"
+        ) from None
     tfds.disable_progress_bar()
     logging.getLogger("absl").setLevel(logging.ERROR)
     return tfds
