@@ -24,7 +24,7 @@ class Flags:
     """One call of a trainer."""
 
     recipe: str = DEFAULT_RECIPE
-    """a recipe's name, a .toml file, or a run's config.json, which repeats that run"""
+    """a recipe's name, a .toml file, or a run (its directory or config.json), which is repeated"""
     list: bool = False
     """show the recipes, and stop"""
     print_config: bool = False
