@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -13,11 +14,23 @@ from jax_impl.layers import ACTIVATIONS, BatchNorm, conv_general_dilated, max_po
 from spec.params import KERNEL_SIZE
 from spec.recipe import Model
 
+Hook = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+
+def keep(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return `y`: the hook that changes nothing.
+
+    As torch's forward hooks do, a hook sees the input `x` and the output `y` of the layer `name` and returns what the
+    network goes on with. Comparisons read activations through it, and hand over dropout masks and gates (S9).
+    """
+    return y
+
 
 class MLP(nnx.Module):
     """Linear layers with an activation after each but the last; with no hidden layer, softmax regression.
 
-    `linear1`, `linear2`, ...; `norm0` normalises the inputs as one channel first, if the recipe says so.
+    `linear1`, `linear2`, ..., and the activations `relu1`, `sigmoid2`, ... by their kind; `norm0` normalises the inputs
+    as one channel first, if the recipe says so.
     """
 
     def __init__(self, model: Model, input_shape: tuple[int, ...], outputs: int, *, rngs: nnx.Rngs) -> None:
@@ -30,21 +43,31 @@ class MLP(nnx.Module):
             setattr(self, f"linear{index}", nnx.Linear(inputs, units, use_bias=bool(model.bias), rngs=rngs))
 
     def __call__(
-        self, images: Float[Array, "batch ..."], *, train: bool, dropout_key: Key[Array, ""] | None = None
+        self,
+        images: Float[Array, "batch ..."],
+        *,
+        train: bool,
+        dropout_key: Key[Array, ""] | None = None,
+        hook: Hook = keep,
     ) -> Float[Array, "batch outputs"]:
         """Return logits [batch, outputs] for `images` [batch, ...]; `dropout_key` is not used."""
         if self.input_batchnorm:
-            images = self.norm0(images[..., None], train=train)
+            images = hook("norm0", images, self.norm0(images[..., None], train=train)[..., 0])
         hidden = images.reshape(images.shape[0], -1)
         for index, activation in enumerate(self.activations, start=1):
-            hidden = ACTIVATIONS[activation](getattr(self, f"linear{index}")(hidden))
-        return getattr(self, f"linear{len(self.activations) + 1}")(hidden)
+            hidden = self._linear(index, hidden, hook)
+            hidden = hook(f"{activation}{index}", hidden, ACTIVATIONS[activation](hidden))
+        return self._linear(len(self.activations) + 1, hidden, hook)
+
+    def _linear(self, index: int, x: jax.Array, hook: Hook) -> jax.Array:
+        return hook(f"linear{index}", x, getattr(self, f"linear{index}")(x))
 
 
 class CNN(nnx.Module):
     """Blocks of 3x3 convolution, BatchNorm, relu, 2x2 max-pool; of linear, BatchNorm, relu, dropout; then linear.
 
-    `conv1`, `norm1`, ..., then `linear1` with the next norm, and so on. Convolutions pad by 1 (written out, S3).
+    `conv1`, `norm1`, `relu1`, `pool1`, ..., then `linear1` with the next norm and relu and `dropout1`, and so on.
+    Convolutions pad by 1 (written out, S3).
     """
 
     def __init__(self, model: Model, input_shape: tuple[int, ...], outputs: int, *, rngs: nnx.Rngs) -> None:
@@ -62,20 +85,32 @@ class CNN(nnx.Module):
         self.dropout = nnx.Dropout(model.dropout)
 
     def __call__(
-        self, images: Float[Array, "batch ..."], *, train: bool, dropout_key: Key[Array, ""] | None = None
+        self,
+        images: Float[Array, "batch ..."],
+        *,
+        train: bool,
+        dropout_key: Key[Array, ""] | None = None,
+        hook: Hook = keep,
     ) -> Float[Array, "batch outputs"]:
         """Return logits [batch, outputs] for `images` [batch, h, w, channels]; training needs `dropout_key`."""
         hidden = images
         for index in range(1, self.num_convs + 1):
-            hidden = getattr(self, f"norm{index}")(getattr(self, f"conv{index}")(hidden), train=train)
-            hidden = max_pool_2x2(jax.nn.relu(hidden))
+            hidden = self._normalized(f"conv{index}", index, hidden, train, hook)
+            hidden = hook(f"pool{index}", hidden, max_pool_2x2(hidden))
         hidden = hidden.reshape(hidden.shape[0], -1)
         rngs = nnx.Rngs(dropout=dropout_key) if train else None
         for index in range(1, self.num_hidden + 1):
-            norm = getattr(self, f"norm{self.num_convs + index}")
-            hidden = jax.nn.relu(norm(getattr(self, f"linear{index}")(hidden), train=train))
-            hidden = self.dropout(hidden, deterministic=not train, rngs=rngs)
-        return getattr(self, f"linear{self.num_hidden + 1}")(hidden)
+            hidden = self._normalized(f"linear{index}", self.num_convs + index, hidden, train, hook)
+            dropped = self.dropout(hidden, deterministic=not train, rngs=rngs)
+            hidden = hook(f"dropout{index}", hidden, dropped)
+        last = f"linear{self.num_hidden + 1}"
+        return hook(last, hidden, getattr(self, last)(hidden))
+
+    def _normalized(self, name: str, index: int, x: jax.Array, train: bool, hook: Hook) -> jax.Array:
+        """Return relu(norm(layer(x))) for the layer `name` and the norm and relu of that index."""
+        weighted = hook(name, x, getattr(self, name)(x))
+        normalized = hook(f"norm{index}", weighted, getattr(self, f"norm{index}")(weighted, train=train))
+        return hook(f"relu{index}", normalized, jax.nn.relu(normalized))
 
 
 def _conv3x3(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> nnx.Conv:
@@ -107,8 +142,9 @@ def apply(
     *,
     train: bool,
     dropout_key: Key[Array, ""] | None = None,
+    hook: Hook = keep,
 ) -> tuple[Float[Array, "batch outputs"], dict]:
     """Return logits [batch, outputs] and the BatchNorm statistics after the call; a pure function of plain dicts."""
     model = nnx.merge(graphdef, params, batch_stats)
-    logits = model(images, train=train, dropout_key=dropout_key)
+    logits = model(images, train=train, dropout_key=dropout_key, hook=hook)
     return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from jax_impl.models import apply
+from jax_impl.models import Hook, apply, keep
 from jax_impl.objective import example_losses, predictions
 from spec.recipe import Loss
 
@@ -39,36 +39,41 @@ class ExampleMetrics(NamedTuple):
     prediction: Int[Array, " examples"]
 
 
-TrainStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[TrainState, jax.Array, jax.Array], ExampleMetrics]
 
 
-def make_train_step(
-    graphdef: nnx.GraphDef, loss: Loss, optimizer: optax.GradientTransformation, dtype: DTypeLike
-) -> TrainStep:
-    """Return the function of (state, images [batch, ...], labels [batch] int32, dropout key) to (state, metrics).
+def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Callable:
+    """Return the function of (params, batch_stats, images [batch, ...], labels [batch] int32, dropout key, hook) to
+    (grads, (batch_stats, metrics)): the gradient of the batch's objective, and what else the forward pass gave.
 
-    `dtype` is that of the forward and backward pass; parameters keep their own.
+    `dtype` is that of the forward and backward pass; parameters keep their own. `hook` changes nothing unless given.
     """
 
-    def objective(params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, key: jax.Array):
+    def objective(params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, key: jax.Array, hook: Hook):
         logits, batch_stats = apply(
-            graphdef, _cast(params, dtype), batch_stats, images.astype(dtype), train=True, dropout_key=key
+            graphdef, _cast(params, dtype), batch_stats, images.astype(dtype), train=True, dropout_key=key, hook=hook
         )
         losses = example_losses(_at_least_float32(logits), labels, loss)
         objective = losses.sum() if loss.reduction == "sum" else losses.mean()
         metrics = StepMetrics(losses.mean(), jnp.sum(predictions(logits) == labels, dtype=jnp.int32))
         return objective, (batch_stats, metrics)
 
+    return jax.grad(objective, has_aux=True)
+
+
+def make_train_step(gradients: Callable, optimizer: optax.GradientTransformation) -> TrainStep:
+    """Return the function of (state, images [batch, ...], labels [batch] int32, dropout key, hook) to (state, metrics),
+    for the `gradients` that `make_gradients` gives."""
+
     def train_step(
         state: TrainState,
         images: Float[Array, "batch ..."],
         labels: Int[Array, " batch"],
         key: Key[Array, ""],
+        hook: Hook = keep,
     ) -> tuple[TrainState, StepMetrics]:
-        grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(
-            state.params, state.batch_stats, images, labels, key
-        )
+        grads, (batch_stats, metrics) = gradients(state.params, state.batch_stats, images, labels, key, hook)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state), metrics
 

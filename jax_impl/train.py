@@ -21,9 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif flags.print_config:
         command_line.print_recipe(flags.config)
     else:
-        from jax_impl.trainer import run
+        from jax_impl.trainer import IMPLEMENTATION
+        from spec.program import run
 
-        run(flags)
+        run(flags, IMPLEMENTATION)
 
 
 if __name__ == "__main__":

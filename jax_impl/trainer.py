@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import platform
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +14,16 @@ from jax_impl import models, optim
 from jax_impl.convert import from_canonical, to_canonical
 from jax_impl.epoch import DeviceSplit, Span, make_evaluate, make_run_steps
 from jax_impl.parallel import select_device
-from jax_impl.step import ExampleMetrics, StepMetrics, TrainState, make_eval_step, make_train_step
-from spec import datasets, params, run_directory
+from jax_impl.step import ExampleMetrics, StepMetrics, TrainState, make_eval_step, make_gradients, make_train_step
+from spec import datasets, params
 from spec.batches import count, epoch_order
-from spec.command_line import Flags
 from spec.datasets import Dataset, Split
-from spec.display import Display
 from spec.errors import UserError
-from spec.history import EpochDone, Event, History, StepsDone
-from spec.recipe import Recipe, to_mapping
-from spec.recorder import record, refuse_nonfinite
-from spec.run_directory import RunDirectory
+from spec.history import EpochDone, Event, StepsDone
+from spec.program import Implementation
+from spec.recipe import Recipe
 
 POLL_SECONDS = 0.0005
-PACKAGES = ("lockstep", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class Trainer:
@@ -62,17 +55,18 @@ class Trainer:
         for epoch in range(1, self.recipe.epochs + 1):
             start = time.perf_counter()
             yield from self._run_epoch(epoch, steps_per_call or self.counts.steps_per_epoch)
-            test_losses, test_correct = self.evaluate()
+            test_losses, predictions = self.evaluate()
+            correct = None if predictions is None else predictions == self._test_labels
             seconds = time.perf_counter() - start
-            yield EpochDone(epoch=epoch, seconds=seconds, test_losses=test_losses, test_correct=test_correct)
+            yield EpochDone(epoch=epoch, seconds=seconds, test_losses=test_losses, test_correct=correct)
 
     def evaluate(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-        """Return loss [n] and correctness [n] of each test example as the state is now; None without a test split."""
+        """Return loss [n] and predicted class [n] of each test example as the state is now; None without a split."""
         if self.test_split is None:
             return None, None
         metrics = self._evaluate(self._state, self.test_split)
         _wait(metrics)
-        return np.asarray(metrics.loss), np.asarray(metrics.prediction) == self._test_labels
+        return np.asarray(metrics.loss), np.asarray(metrics.prediction)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the present parameters and running statistics, canonical names and layouts (`spec.params`)."""
@@ -106,7 +100,7 @@ class Trainer:
         trained, batch_stats = from_canonical(initial, self.leaves, dtype=stored, device=self.device)
         opt_state = jax.device_put(optimizer.init(trained), self.device)
         self._state = TrainState(trained, batch_stats, opt_state)
-        train_step = make_train_step(graphdef, recipe.loss, optimizer, dtype)
+        train_step = make_train_step(make_gradients(graphdef, recipe.loss, dtype), optimizer)
         order = self._put_array(np.zeros(counts.num_examples, np.int32))
         run_steps = make_run_steps(train_step, counts, recipe.seed)
         self._run_steps = run_steps.lower(self._state, self.train_split, order, _span(1, 0, 1)).compile()
@@ -120,61 +114,6 @@ class Trainer:
 
     def _put_array(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(np.ascontiguousarray(array), self.device)
-
-
-def run(flags: Flags) -> dict:
-    """Train as the flags say, write the run directory and print its last line; return the summary."""
-    recipe = flags.config
-    if flags.out:
-        run_directory.check_usable(flags.out, overwrite=flags.overwrite)
-    device = select_device(flags.platform)
-    dataset = datasets.load(recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
-    display = Display(quiet=flags.quiet)
-    display.line(f"{recipe.name}: {recipe.description}")
-    with memory_explained():
-        with display.waiting("compiling ..."):
-            trainer = Trainer(recipe, dataset, device)
-        with RunDirectory(flags.out, recipe.name, overwrite=flags.overwrite) as directory:
-            summary = _run(flags, trainer, directory, display)
-    display.last_line(summary, directory.path)
-    return summary
-
-
-def _run(flags: Flags, trainer: Trainer, directory: RunDirectory, display: Display) -> dict:
-    """Train and write, once everything the user gave is known to fit together; return the summary."""
-    recipe, device = trainer.recipe, trainer.device
-    display.line(f"{params.num_parameters(trainer.leaves):,} parameters, {trainer.counts.steps:,} steps on {device}")
-    directory.write_json("config.json", {"recipe": to_mapping(recipe), **_origin(device), "flags": _given(flags)})
-    history = History(counts=trainer.counts, metrics=recipe.metrics)
-    start = time.perf_counter()
-    with display.running(trainer.counts):
-        events = trainer.events(steps_per_call=recipe.metrics.progress_every)
-        epochs = record(events, recipe, history, directory, display)
-    summary = summarize(trainer, epochs, time.perf_counter() - start)
-    state = trainer.state()
-    refuse_nonfinite(state, recipe)
-    directory.write_weights(state)
-    directory.write_json("summary.json", summary)
-    return summary
-
-
-def summarize(trainer: Trainer, epochs: list[Mapping], seconds: float) -> dict:
-    """Return the summary of a finished run: counts, times, and the last epoch's figures."""
-    recipe, last = trainer.recipe, epochs[-1]
-    return {
-        "recipe": recipe.name,
-        "framework": "jax",
-        "seed": recipe.seed,
-        "precision": recipe.precision,
-        "epochs": len(epochs),
-        "steps": last["step"],
-        "examples_seen": last["examples_seen"],
-        "seconds": seconds,
-        "compile_seconds": trainer.compile_seconds,
-        **{name: last[name] for name in ("train_loss", "train_accuracy", "cumulative_train_accuracy")},
-        **{name: last[name] for name in ("test_loss", "test_accuracy", "lesson_metrics")},
-        **_origin(trainer.device),
-    }
 
 
 @contextlib.contextmanager
@@ -223,13 +162,12 @@ def _steps_done(span: Span, metrics: StepMetrics) -> StepsDone:
     return StepsDone(epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct)
 
 
-def _origin(device: jax.Device) -> dict:
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"devices": [f"{device.platform}:{device.device_kind}:{device.id}"], "versions": versions}
-
-
-def _given(flags: Flags) -> dict:
-    """Return the flags that are not recipe fields, paths as text."""
-    names = ("recipe", "data_dir", "data_source", "platform", "quiet")
-    values = {name: getattr(flags, name) for name in names}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+IMPLEMENTATION = Implementation(
+    framework="jax",
+    packages=("jax", "jaxlib", "flax", "optax"),
+    select_device=select_device,
+    describe_device=lambda device: f"{device.platform}:{device.device_kind}:{device.id}",
+    load=datasets.load,
+    trainer=Trainer,
+    memory_explained=memory_explained,
+)

@@ -1,0 +1,31 @@
+"""`python -m torch_ref.train`: train a recipe's network in torch and write the same run directory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from spec import command_line
+from spec.errors import run_program
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; torch is imported only once the flags are known to be right."""
+    flags = command_line.parse(
+        sys.argv[1:] if arguments is None else arguments,
+        program="python -m torch_ref.train",
+        description="Train a recipe's network with torch: the reference.",
+    )
+    if flags.list:
+        command_line.print_recipes()
+    elif flags.print_config:
+        command_line.print_recipe(flags.config)
+    else:
+        from spec.program import run
+        from torch_ref.trainer import IMPLEMENTATION
+
+        run(flags, IMPLEMENTATION)
+
+
+if __name__ == "__main__":
+    run_program(main)
