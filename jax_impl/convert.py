@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import DTypeLike
 
 from spec.params import Leaf
@@ -19,6 +21,8 @@ _ATTRIBUTES = {
     "running_mean": "mean",
     "running_var": "var",
 }
+
+_BUFFERS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}  # optax's names, torch's names
 
 
 def from_canonical(
@@ -41,6 +45,37 @@ def to_canonical(params: Mapping, batch_stats: Mapping, leaves: Sequence[Leaf]) 
         tree = params if leaf.trained else batch_stats
         array = np.asarray(tree[leaf.name.split(".")[0]][_ATTRIBUTES[leaf.role]])
         state[leaf.name] = np.array(_from_flax(array, leaf), order="C", copy=True)
+    return state
+
+
+def optimizer_from_canonical(
+    fresh: optax.OptState,
+    opt_state: Mapping[str, np.ndarray],
+    leaves: Sequence[Leaf],
+    *,
+    dtype: DTypeLike,
+    device: jax.Device,
+) -> optax.OptState:
+    """Return `fresh`, what the optimiser's `init` gave, with the canonical buffers and counts of `opt_state` (S6)."""
+    trained = [leaf for leaf in leaves if leaf.trained]
+    values: dict = {}
+    for name, kind in _BUFFERS.items():
+        if optax.tree_utils.tree_get(fresh, name) is not None:
+            arrays = {leaf.name: opt_state[f"{kind}.{leaf.name}"] for leaf in trained}
+            values[name], _ = from_canonical(arrays, trained, dtype=dtype, device=device)
+    if optax.tree_utils.tree_get_all_with_path(fresh, "count"):
+        values["count"] = jax.device_put(jnp.int32(opt_state["step"]), device)
+    return optax.tree_utils.tree_set(fresh, **values) if values else fresh
+
+
+def optimizer_to_canonical(opt_state: optax.OptState, leaves: Sequence[Leaf], step: int) -> dict[str, np.ndarray]:
+    """Return the canonical state of the optimiser after `step` updates; the inverse of `optimizer_from_canonical`."""
+    trained = [leaf for leaf in leaves if leaf.trained]
+    state = {"step": np.array(step)}
+    for name, kind in _BUFFERS.items():
+        tree = optax.tree_utils.tree_get(opt_state, name)
+        if tree is not None:
+            state |= {f"{kind}.{leaf}": array for leaf, array in to_canonical(tree, {}, trained).items()}
     return state
 
 

@@ -22,6 +22,10 @@ class DataError(UserError):
     """A data file is missing, damaged or not what its name says."""
 
 
+class StateError(UserError):
+    """A network's or an optimiser's state does not fit: names, shapes or numbers."""
+
+
 class RunDirectoryError(UserError):
     """A run directory cannot be used or written."""
 

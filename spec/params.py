@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from spec.errors import RecipeError
-from spec.recipe import Init, Model, Recipe
+from spec.errors import RecipeError, StateError, did_you_mean
+from spec.recipe import Init, Model, Optimizer, Recipe
 
 MAX_PARAMETERS = 100_000_000
 KERNEL_SIZE = 3
@@ -73,6 +73,39 @@ def leaves(model: Model, input_shape: tuple[int, ...], outputs: int) -> tuple[Le
 def num_parameters(listed: tuple[Leaf, ...]) -> int:
     """Return how many numbers are trained."""
     return sum(math.prod(leaf.shape) for leaf in listed if leaf.trained)
+
+
+def state_shapes(listed: Iterable[Leaf]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every leaf by name: parameters and running statistics."""
+    return {leaf.name: leaf.shape for leaf in listed}
+
+
+def optimizer_shapes(listed: Iterable[Leaf], optimizer: Optimizer) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the optimiser's canonical state (S6): `step`, the updates made so far, and the buffers
+    `momentum_buffer.NAME` (sgd with momentum) or `exp_avg.NAME` and `exp_avg_sq.NAME` (adam) of every trained leaf."""
+    if optimizer.name == "adam":
+        kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    else:
+        kinds = ("momentum_buffer",) if optimizer.momentum else ()
+    buffers = {f"{kind}.{leaf.name}": leaf.shape for kind in kinds for leaf in listed if leaf.trained}
+    return {"step": (), **buffers}
+
+
+def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, what: str) -> None:
+    """Raise StateError, listing every mismatch, unless `found` has exactly these names and shapes, all finite."""
+    mistakes = [f"{name} is missing; it has shape {list(shape)}" for name, shape in shapes.items() if name not in found]
+    for name, value in found.items():
+        array = np.asarray(value)
+        if name not in shapes:
+            mistakes.append(f"{name} is not one of its arrays{did_you_mean(name, shapes)}")
+        elif array.shape != shapes[name]:
+            mistakes.append(f"{name} has shape {list(array.shape)}; it must have {list(shapes[name])}")
+        elif not np.issubdtype(array.dtype, np.number):
+            mistakes.append(f"{name} holds {array.dtype}; it must hold numbers")
+        elif bad := int(np.count_nonzero(~np.isfinite(array))):
+            mistakes.append(f"{name} holds {bad} of {array.size} numbers that are not finite")
+    if mistakes:
+        raise StateError(f"{what} does not fit:\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
 
 
 def initial_state(listed: tuple[Leaf, ...], init: Init, seed: int) -> dict[str, np.ndarray]:

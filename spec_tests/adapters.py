@@ -1,0 +1,453 @@
+"""One Protocol, three adapters: the oracle, JAX and torch behind flat dicts of named NumPy arrays, canonical layouts.
+
+An adapter holds one network and its optimiser between steps. Images go in as the data sets hold them, [batch, h, w, c]
+or [batch, features]; activations, gradients and states come out in torch's layouts, as copies. Decisions are what a
+relu (bool, the gate), a max-pool (int8, 0 to 3, the place in the window) and dropout (bool, the mask) chose. Given,
+they take the place of the network's own, so that two networks are compared with rounding as the only difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import jax_impl.convert
+import jax_impl.models
+import jax_impl.optim
+import jax_impl.step
+import torch_ref.convert
+import torch_ref.models
+import torch_ref.optim
+import torch_ref.step
+from jax_impl.trainer import precision_scope
+from spec import oracle, params
+from spec.params import Leaf
+from spec.recipe import Recipe
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What is compared: a recipe, the shape of an example, the outputs, and the steps of an epoch (for schedules)."""
+
+    recipe: Recipe
+    input_shape: tuple[int, ...]
+    outputs: int
+    steps_per_epoch: int = 1_000_000
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Return the leaves of the state."""
+        return params.leaves(self.recipe.model, self.input_shape, self.outputs)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Return the names of the trained leaves."""
+        return tuple(leaf.name for leaf in self.leaves if leaf.trained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """A forward pass: each layer's output by name, the running statistics after it, and what was decided."""
+
+    activations: Arrays
+    batch_stats: Arrays
+    decisions: Arrays
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Return the last activation, [batch, outputs]."""
+        return list(self.activations.values())[-1]
+
+
+class Adapter(Protocol):
+    """One implementation's network and optimiser; starts at the specified initial state."""
+
+    name: str
+    network: Network
+
+    def load(self, state: Mapping[str, np.ndarray], opt_state: Mapping[str, np.ndarray]) -> None:
+        """Take over both states; StateError lists every missing, extra, misshapen and non-finite leaf."""
+
+    def state(self) -> Arrays:
+        """Return parameters and running statistics."""
+
+    def opt_state(self) -> Arrays:
+        """Return the optimiser's buffers and `step`, the updates made so far."""
+
+    def forward(self, images: np.ndarray, *, train: bool, decisions: Mapping[str, np.ndarray] | None = None) -> Forward:
+        """Return a forward pass; the network stays as it is."""
+
+    def gradients(
+        self, images: np.ndarray, labels: np.ndarray, *, decisions: Mapping[str, np.ndarray] | None = None
+    ) -> Arrays:
+        """Return the gradient of the batch's objective by every trained leaf; the network stays as it is."""
+
+    def step(
+        self, images: np.ndarray, labels: np.ndarray, *, decisions: Mapping[str, np.ndarray] | None = None
+    ) -> tuple[float, int]:
+        """Make one update; return mean loss in nats and right answers of the forward pass before it."""
+
+    def evaluate(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the loss and the predicted class of each example, in evaluation mode."""
+
+
+class OracleAdapter:
+    """The specification itself, float64 whatever the recipe says."""
+
+    name = "oracle"
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        recipe = network.recipe
+        state = params.initial_state(network.leaves, recipe.init, recipe.seed)
+        trained = {name: state[name] for name in network.trained}
+        self.load(state, oracle.initial_opt_state(recipe.optimizer, trained))
+
+    def load(self, state, opt_state) -> None:
+        _check(self.network, state, opt_state)
+        self._state = {name: np.array(array, np.float64) for name, array in state.items()}
+        self._opt_state = {name: np.array(array) for name, array in opt_state.items()}
+
+    def state(self) -> Arrays:
+        return {name: array.copy() for name, array in self._state.items()}
+
+    def opt_state(self) -> Arrays:
+        return {name: array.copy() for name, array in self._opt_state.items()}
+
+    def forward(self, images, *, train, decisions=None) -> Forward:
+        passed = oracle.forward(self.network.recipe.model, self._state, images, train=train, decisions=decisions)
+        activations = _flat_norm0(passed.activations)
+        return Forward(activations=activations, batch_stats=passed.batch_stats, decisions=passed.decisions)
+
+    def gradients(self, images, labels, *, decisions=None) -> Arrays:
+        recipe = self.network.recipe
+        return oracle.gradients(recipe.model, recipe.loss, self._state, images, labels, decisions=decisions)
+
+    def step(self, images, labels, *, decisions=None) -> tuple[float, int]:
+        epoch = int(self._opt_state["step"]) // self.network.steps_per_epoch + 1
+        self._state, self._opt_state, loss, num_correct = oracle.train_step(
+            self.network.recipe, self._state, self._opt_state, images, labels, epoch=epoch, decisions=decisions
+        )
+        return loss, num_correct
+
+    def evaluate(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
+        logits = self.forward(images, train=False).logits
+        return oracle.example_losses(logits, labels, self.network.recipe.loss), oracle.predictions(logits)
+
+
+class JaxAdapter:
+    """`jax_impl`'s models, step and optimiser, each call one compiled program on the CPU."""
+
+    name = "jax"
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        recipe = network.recipe
+        self._dtype = jnp.dtype(recipe.precision)
+        self._device = jax.devices("cpu")[0]
+        self._graph = jax_impl.models.graph(recipe.model, network.input_shape, network.outputs)
+        self._optimizer = jax_impl.optim.optimizer(recipe, network.steps_per_epoch)
+        gradients = jax_impl.step.make_gradients(self._graph, recipe.loss, self._dtype)
+        train_step = jax_impl.step.make_train_step(gradients, self._optimizer)
+        rate = recipe.model.dropout or 0.0
+        self._gradients = jax.jit(lambda *given: gradients(*given[:-1], _jax_hook(given[-1], rate)))
+        self._train_step = jax.jit(lambda *given: train_step(*given[:-1], _jax_hook(given[-1], rate)))
+        self._eval_step = jax.jit(jax_impl.step.make_eval_step(self._graph, recipe.loss, self._dtype))
+        self._forward = jax.jit(self._traced_forward, static_argnames="train")
+        with self._scope():
+            state = params.initial_state(network.leaves, recipe.init, recipe.seed)
+            trained, batch_stats = self._to_flax(state)
+            self._state = jax_impl.step.TrainState(trained, batch_stats, self._optimizer.init(trained))
+        self._step = 0
+
+    def load(self, state, opt_state) -> None:
+        _check(self.network, state, opt_state)
+        with self._scope():
+            trained, batch_stats = self._to_flax(state)
+            restored = jax_impl.convert.optimizer_from_canonical(
+                self._optimizer.init(trained), opt_state, self.network.leaves, dtype=self._dtype, device=self._device
+            )
+        self._state = jax_impl.step.TrainState(trained, batch_stats, restored)
+        self._step = int(opt_state["step"])
+
+    def state(self) -> Arrays:
+        return jax_impl.convert.to_canonical(self._state.params, self._state.batch_stats, self.network.leaves)
+
+    def opt_state(self) -> Arrays:
+        return jax_impl.convert.optimizer_to_canonical(self._state.opt_state, self.network.leaves, self._step)
+
+    def forward(self, images, *, train, decisions=None) -> Forward:
+        with self._scope():
+            recorded, batch_stats = self._forward(
+                self._state.params,
+                self._state.batch_stats,
+                self._images(images),
+                self._key(),
+                _to_nhwc(decisions),
+                train=train,
+            )
+            # A compiled program gives dicts back sorted by key, so the layers' order comes from the specification.
+            activations, decided = (
+                {name: _to_nchw(part[name]) for name in oracle.layer_names(self.network.recipe.model) if name in part}
+                for part in recorded
+            )
+        running = [leaf for leaf in self.network.leaves if not leaf.trained]
+        return Forward(
+            activations=_flat_norm0(activations),
+            batch_stats=jax_impl.convert.to_canonical({}, batch_stats, running),
+            decisions=decided,
+        )
+
+    def gradients(self, images, labels, *, decisions=None) -> Arrays:
+        with self._scope():
+            grads, _ = self._gradients(
+                self._state.params, self._state.batch_stats, *self._batch(images, labels), _to_nhwc(decisions)
+            )
+        trained = [leaf for leaf in self.network.leaves if leaf.trained]
+        return jax_impl.convert.to_canonical(grads, {}, trained)
+
+    def step(self, images, labels, *, decisions=None) -> tuple[float, int]:
+        with self._scope():
+            self._state, metrics = self._train_step(self._state, *self._batch(images, labels), _to_nhwc(decisions))
+        self._step += 1
+        return float(metrics.loss), int(metrics.num_correct)
+
+    def evaluate(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
+        with self._scope():
+            metrics = self._eval_step(self._state, *self._batch(images, labels)[:2])
+        return np.array(metrics.loss), np.array(metrics.prediction)
+
+    def _traced_forward(self, trained, batch_stats, images, key, decisions, *, train: bool):
+        recorded: tuple[dict, dict] = ({}, {})
+        hook = _jax_hook(decisions, self.network.recipe.model.dropout or 0.0, recorded, train=train)
+        _, batch_stats = jax_impl.models.apply(
+            self._graph, trained, batch_stats, images, train=train, dropout_key=key, hook=hook
+        )
+        activations, decided = recorded
+        return (activations, {name: array for name, array in decided.items() if array is not None}), batch_stats
+
+    def _scope(self):
+        return precision_scope(self.network.recipe.precision)
+
+    def _to_flax(self, state: Mapping[str, np.ndarray]) -> tuple[dict, dict]:
+        return jax_impl.convert.from_canonical(state, self.network.leaves, dtype=self._dtype, device=self._device)
+
+    def _images(self, images: np.ndarray) -> jax.Array:
+        return jnp.array(images, self._dtype)
+
+    def _key(self) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.network.recipe.seed), self._step)
+
+    def _batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self._images(images), jnp.array(labels, jnp.int32), self._key()
+
+
+class TorchAdapter:
+    """`torch_ref`'s network, step and optimiser, watched and led by torch's own forward hooks."""
+
+    name = "torch"
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        recipe = network.recipe
+        self._dtype = torch.float64 if recipe.precision == "float64" else torch.float32
+        self.module = torch_ref.models.network(recipe.model, network.input_shape, network.outputs).to(self._dtype)
+        torch_ref.convert.load_state(self.module, params.initial_state(network.leaves, recipe.init, recipe.seed))
+        self.last_decisions: Arrays = {}
+        self._start(0)
+
+    def load(self, state, opt_state) -> None:
+        _check(self.network, state, opt_state)
+        torch_ref.convert.load_state(self.module, state)
+        self._start(int(opt_state["step"]))
+        torch_ref.convert.load_optimizer(self._optimizer, self.module, opt_state)
+
+    def state(self) -> Arrays:
+        return torch_ref.convert.state(self.module)
+
+    def opt_state(self) -> Arrays:
+        return torch_ref.convert.optimizer_state(self._optimizer, self.module, self._step)
+
+    def forward(self, images, *, train, decisions=None) -> Forward:
+        activations: Arrays = {}
+        decided: Arrays = {}
+        with self._untouched(), self._hooked(decisions, activations, decided), torch.no_grad():
+            self.module.train(train)
+            self.module(self._images(images))
+            running = [leaf.name for leaf in self.network.leaves if not leaf.trained]
+            batch_stats = {name: array for name, array in self.state().items() if name in running}
+        return Forward(activations=activations, batch_stats=batch_stats, decisions=decided)
+
+    def gradients(self, images, labels, *, decisions=None) -> Arrays:
+        with self._untouched(), self._hooked(decisions, None, None):
+            torch_ref.step.gradients(self.module, *self._batch(images, labels), self.network.recipe.loss)
+        return {name: parameter.grad.numpy().copy() for name, parameter in self.module.named_parameters()}
+
+    def step(self, images, labels, *, decisions=None) -> tuple[float, int]:
+        """Make one update; `last_decisions` then holds what its forward pass decided."""
+        decided: Arrays = {}
+        with self._hooked(decisions, None, decided):
+            metrics = torch_ref.step.train_step(
+                self.module, self._optimizer, *self._batch(images, labels), self.network.recipe.loss
+            )
+        self.last_decisions = decided
+        self._step += 1
+        if self._step % self.network.steps_per_epoch == 0:
+            self._scheduler.step()
+        return metrics
+
+    def evaluate(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
+        losses, predictions = torch_ref.step.eval_step(
+            self.module, *self._batch(images, labels), self.network.recipe.loss
+        )
+        return losses.numpy(), predictions.numpy()
+
+    def _start(self, step: int) -> None:
+        recipe = self.network.recipe
+        self._step = step
+        self._optimizer = torch_ref.optim.optimizer(recipe, self.module.parameters())
+        self._scheduler = torch_ref.optim.scheduler(recipe, self._optimizer)
+        with warnings.catch_warnings():  # torch warns of a schedule that moves before the optimiser
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(step // self.network.steps_per_epoch):
+                self._scheduler.step()
+
+    def _images(self, images: np.ndarray) -> torch.Tensor:
+        tensor = torch.tensor(images, dtype=self._dtype)
+        return tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor
+
+    def _batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._images(images), torch.tensor(labels, dtype=torch.int64)
+
+    @contextmanager
+    def _untouched(self):
+        """Give the running statistics back what they held, whatever the body does to them."""
+        before = self.state()
+        try:
+            yield
+        finally:
+            torch_ref.convert.load_state(self.module, before)
+
+    @contextmanager
+    def _hooked(self, given: Mapping[str, np.ndarray] | None, activations: Arrays | None, decided: Arrays | None):
+        """Run the body with the `given` decisions in the lead, recording into the dicts there are."""
+        tensors = {name: torch.tensor(array) for name, array in (given or {}).items()}
+        with ExitStack() as stack:
+            for name, layer in self.module.named_children():
+                if name != "flatten":
+                    hook = functools.partial(_torch_hook, name, tensors.get(name), activations, decided)
+                    stack.callback(layer.register_forward_hook(hook).remove)
+            yield
+
+
+ADAPTERS: dict[str, Callable[[Network], Adapter]] = {
+    "oracle": OracleAdapter,
+    "jax": JaxAdapter,
+    "torch": TorchAdapter,
+}
+
+
+def _check(network: Network, state: Mapping[str, np.ndarray], opt_state: Mapping[str, np.ndarray]) -> None:
+    params.check_arrays(state, params.state_shapes(network.leaves), what="the state")
+    shapes = params.optimizer_shapes(network.leaves, network.recipe.optimizer)
+    params.check_arrays(opt_state, shapes, what="the optimiser's state")
+
+
+def _flat_norm0(activations: Arrays) -> Arrays:
+    """Return the activations with the normalised inputs as [batch, features]: they are flattened next."""
+    return {name: array.reshape(len(array), -1) if name == "norm0" else array for name, array in activations.items()}
+
+
+def _kind(name: str) -> str:
+    return name.rstrip("0123456789")
+
+
+def _jax_hook(
+    decisions: Mapping[str, jax.Array], rate: float, recorded: tuple[dict, dict] | None = None, *, train: bool = True
+) -> jax_impl.models.Hook:
+    """Return a hook that lets the given `decisions` lead, and records (activations, decisions), channels last."""
+
+    def hook(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        kind, given = _kind(name), decisions.get(name)
+        if kind == "relu":
+            decided = x > 0 if given is None else given
+            y = y if given is None else jnp.where(given, x, 0)
+        elif kind == "pool":
+            windows = _jax_windows(x)
+            decided = windows.argmax(axis=-1).astype(jnp.int8) if given is None else given
+            y = y if given is None else jnp.take_along_axis(windows, given[..., None].astype(jnp.int32), -1)[..., 0]
+        elif kind == "dropout" and train:
+            decided = y != 0 if given is None else given
+            y = y if given is None else jnp.where(given, x / (1 - rate), 0)
+        else:
+            decided = None
+        if recorded is not None:
+            recorded[0][name] = y
+            recorded[1][name] = decided
+        return y
+
+    return hook
+
+
+def _jax_windows(x: jax.Array) -> jax.Array:
+    """Return the 2x2 windows of `x` [batch, h, w, c], row by row: [batch, h//2, w//2, c, 4]."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, height // 2, width // 2, channels, 4)
+
+
+def _to_nhwc(decisions: Mapping[str, np.ndarray] | None) -> dict[str, jax.Array]:
+    return {
+        name: jnp.array(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array)
+        for name, array in (decisions or {}).items()
+    }
+
+
+def _to_nchw(array: jax.Array) -> np.ndarray:
+    copy = np.array(array)
+    return np.ascontiguousarray(copy.transpose(0, 3, 1, 2)) if copy.ndim == 4 else copy
+
+
+def _torch_hook(
+    name: str,
+    given: torch.Tensor | None,
+    activations: Arrays | None,
+    decided: Arrays | None,
+    layer: torch.nn.Module,
+    inputs: tuple[torch.Tensor],
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """Let the `given` decision lead; record the output and the decision where there is a dict for them."""
+    (x,), kind = inputs, _kind(name)
+    decision = given
+    if kind == "relu":
+        decision = x > 0 if given is None else given
+        output = output if given is None else torch.where(given, x, 0)
+    elif kind == "pool":
+        windows = _torch_windows(x)
+        decision = windows.argmax(dim=-1).to(torch.int8) if given is None else given
+        output = output if given is None else windows.gather(-1, given[..., None].long())[..., 0]
+    elif kind == "dropout" and layer.training:
+        decision = output != 0 if given is None else given
+        output = output if given is None else torch.where(given, x / (1 - layer.p), 0)
+    if decided is not None and decision is not None:
+        decided[name] = decision.numpy().copy()
+    if activations is not None:
+        activations[name] = output.detach().numpy().copy()
+    return output
+
+
+def _torch_windows(x: torch.Tensor) -> torch.Tensor:
+    """Return the 2x2 windows of `x` [batch, c, h, w], row by row: [batch, c, h//2, w//2, 4]."""
+    return x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)

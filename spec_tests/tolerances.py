@@ -1,0 +1,59 @@
+"""Every tolerance of the suite: its name, its value, where it comes from (S12). No test types one in.
+
+`u` is the unit roundoff: 2^-53 in float64, 2^-24 in float32. A sum of m products a_i b_i comes out within
+m u sum|a_i b_i| of the truth, whatever its order (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed.,
+3.1); rounding errors that are independent grow as sqrt(m) only (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, A2815).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from spec.params import Leaf
+
+# S12.5: the error of one side, against float64, may be this many times the other side's. Both sides round sums of the
+# same terms in orders of their own, so the ratio of their largest errors is near 1. Over 64 values or more of a leaf it
+# stays under 3; a leaf of ten values can be lucky on one side. A wrong formula is off by 1 / u: a million times.
+KAPPA = 8
+
+# S9: a free run in float64 is 2,000 to 24,000 steps, each adding about u = 1.1e-16 of a weight's size (weights are of
+# size 1): sqrt(24,000) u = 1.7e-14 if roundings are independent, 24,000 u = 2.7e-12 if all were one way. A decision
+# (the sign of a pre-activation) that flips would show as 1e-8 or more, and so would any difference of formula.
+FREE_RUN_FLOAT64 = 1e-12
+# The CNN divides by batch deviations, which amplifies a rounding at each of its five BatchNorms.
+CNN_300_STEPS_FLOAT64 = 1e-11
+CNN_RUN_FLOAT64 = 1e-9
+# The same count in float32, u = 6e-8: sqrt(2,415) u = 2.9e-6 for weights of size 1; those of the sigmoid recipe are
+# 0.3 at most. Smooth: no gate can flip in its first layer, and few of its 8 relu units ever come near 0.
+SMOOTH_RUN_FLOAT32 = 1e-6
+
+# Central differences with step h: the cubic term gives h^2, the rounding of the loss u / h.
+DIFFERENCE_STEP = 1e-5
+CENTRAL_DIFFERENCE = 1e-8
+
+
+def unit_roundoff(dtype: np.typing.DTypeLike) -> float:
+    """Return u = 2^-p: half the distance from 1 to the next number."""
+    return float(np.finfo(dtype).eps) / 2
+
+
+def sum_bound(terms: int, magnitude: float, dtype: np.typing.DTypeLike) -> float:
+    """Return m u sum|a_i b_i|: how far a sum of m products may lie from the truth; `magnitude` is sum|a_i b_i|."""
+    return terms * unit_roundoff(dtype) * magnitude
+
+
+def chain_bound(leaves: Iterable[Leaf], batch_values: int, dtype: np.typing.DTypeLike) -> float:
+    """Return the relative error that a whole pass, forward and back, may have: u times the terms of all its sums.
+
+    A layer sums `fan_in` products forward and as many back; a gradient sums over `batch_values` examples or pixels.
+    """
+    terms = sum(2 * leaf.fan_in for leaf in leaves if leaf.role == "weight") + batch_values
+    return terms * unit_roundoff(dtype)
+
+
+def walk_bound(steps: int, dtype: np.typing.DTypeLike) -> float:
+    """Return sqrt(steps) u, four standard deviations of it: what independent roundings of `steps` updates add up to."""
+    return 4 * math.sqrt(steps) * unit_roundoff(dtype)
