@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,22 +39,23 @@ def assert_within(found: Arrays, expected: Arrays, *, bound: float, item: str, r
         )
 
 
-def assert_error_ratio(ours: Arrays, theirs: Arrays, truth: Arrays, *, item: str) -> None:
-    """Fail unless, leaf by leaf, each side's error against float64 is at most KAPPA times the other's (S12.5).
-
-    An error counts as at least u times the layer's largest value: less than that a float32 cannot hold.
-    """
-    for name, ratio in error_ratios(ours, theirs, truth).items():
+def assert_error_ratio(ours: Arrays, theirs: Arrays, truth: Arrays, *, item: str, terms: int = 1) -> None:
+    """Fail unless, leaf by leaf, each side's error against float64 is at most KAPPA times the other's (S12.5)."""
+    for name, ratio in error_ratios(ours, theirs, truth, terms=terms).items():
         assert ratio <= KAPPA, f"{item}: {name}: one side's error is {ratio:.3g} times the other's, allowed {KAPPA}"
 
 
-def error_ratios(ours: Arrays, theirs: Arrays, truth: Arrays) -> dict[str, float]:
-    """Return, by leaf, the larger side's error against `truth` over the other side's (S12.5)."""
+def error_ratios(ours: Arrays, theirs: Arrays, truth: Arrays, *, terms: int = 1) -> dict[str, float]:
+    """Return, by leaf, the larger side's error against `truth` over the other side's (S12.5).
+
+    An error counts as at least sqrt(m) u times the layer's largest value: what independent roundings of a float32 sum
+    of m `terms` come to, so that a side which sums pairwise does not put one in the wrong that sums in order.
+    """
     for side in (ours, theirs):
         _same_names(side, truth, "error ratio")
     ratios = {}
     for name, wanted in truth.items():
-        floor = unit_roundoff(np.float32) * layer_scale(truth, name)
+        floor = math.sqrt(terms) * unit_roundoff(np.float32) * layer_scale(truth, name)
         errors = [float(np.abs(np.asarray(side[name], np.float64) - wanted).max(initial=0)) for side in (ours, theirs)]
         ratios[name] = max(errors) / max(min(errors), floor) if max(errors) else 0.0
     return ratios

@@ -24,7 +24,8 @@ KAPPA = 8
 # (the sign of a pre-activation) that flips would show as 1e-8 or more, and so would any difference of formula.
 FREE_RUN_FLOAT64 = 1e-12
 # The CNN divides by batch deviations, which amplifies a rounding at each of its five BatchNorms.
-CNN_300_STEPS_FLOAT64 = 1e-11
+CNN_FEW_STEPS = 300
+CNN_FEW_STEPS_FLOAT64 = 1e-11
 CNN_RUN_FLOAT64 = 1e-9
 # The same count in float32, u = 6e-8: sqrt(2,415) u = 2.9e-6 for weights of size 1; those of the sigmoid recipe are
 # 0.3 at most. Smooth: no gate can flip in its first layer, and few of its 8 relu units ever come near 0.
@@ -54,6 +55,43 @@ def chain_bound(leaves: Iterable[Leaf], batch_values: int, dtype: np.typing.DTyp
     return terms * unit_roundoff(dtype)
 
 
+def flip_bound(terms: int, scale: float) -> float:
+    """Return how far from undecided a float32 decision can be and still come out either way: four standard deviations
+    of the roundings of its longest sum, 4 sqrt(m) u, times the largest value that went into it."""
+    return 4 * math.sqrt(terms) * unit_roundoff(np.float32) * scale
+
+
 def walk_bound(steps: int, dtype: np.typing.DTypeLike) -> float:
     """Return sqrt(steps) u, four standard deviations of it: what independent roundings of `steps` updates add up to."""
     return 4 * math.sqrt(steps) * unit_roundoff(dtype)
+
+
+def path_bound(steps: int, magnitude: float, dtype: np.typing.DTypeLike, *, momentum: float = 0.0) -> float:
+    """Return how far a parameter may be off after `steps` updates from given gradients (S6).
+
+    An update (decay, buffer, rate, subtraction; Adam's two moments and root) rounds numbers up to `magnitude` at most 16
+    times; momentum hands each rounding of the buffer on, 1 + mu + mu^2 + ... = 1 / (1 - mu) times.
+    """
+    return 16 * steps * unit_roundoff(dtype) * magnitude / (1 - momentum)
+
+
+def run_bound(leaves: Iterable[Leaf], batch_values: int, steps: int, dtype: np.typing.DTypeLike) -> float:
+    """Return the relative error of a layer after `steps` training steps: each adds that of one pass, `chain_bound`.
+
+    For short runs of small networks at rates that descend: an error of the parameters is not enlarged by a later step.
+    """
+    return steps * chain_bound(leaves, batch_values, dtype)
+
+
+# S12.5: a fault to plant, which the tolerance rule must see: 1e-4 of a leaf's largest value, 1,700 roundings of float32.
+PLANTED_FAULT = 1e-4
+
+
+# A statistic of fixed draws may lie this many of its standard deviations off; a fair draw is further off once in 1.7
+# million.
+DEVIATIONS = 5
+
+
+def formula_bound(magnitude: float, dtype: np.typing.DTypeLike) -> float:
+    """Return 64 u `magnitude`: a formula of some tens of operations, each right to u of the largest value met."""
+    return 64 * unit_roundoff(dtype) * magnitude

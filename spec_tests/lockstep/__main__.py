@@ -1,0 +1,178 @@
+"""`python -m spec_tests.lockstep --recipe NAME`: train on both sides; say, epoch by epoch, how far apart they are."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from spec import recipe as recipes
+from spec.errors import UserError, run_program
+from spec.files import write_atomic
+from spec.recipe import Recipe
+from spec_tests.lockstep.report import Epoch, broken_bounds
+
+RESULTS = Path("results") / "lockstep.json"
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; exit with 1 when a bound of the specification is broken."""
+    arguments = _parser().parse_args()
+    recipe = _recipe(arguments)
+    from spec import datasets
+    from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs
+
+    pair = Pair.of(recipe, datasets.load(recipe.data, data_dir=arguments.data_dir))
+    shared, double = arguments.share_gates, recipe.precision == "float64"
+    console.print(f"{recipe.name}, {recipe.precision}: {recipe.description}", markup=False)
+    console.print(f"{pair.counts.steps:,} steps; {backends()}", markup=False)
+    start = time.perf_counter()
+    steps = None
+    if shared or arguments.steps or recipe.model.dropout or not double:
+        steps = StepByStep(pair, share_gates=shared, watch=not double and not shared)
+    epochs = []
+    for epoch in steps.epochs(max_steps=arguments.steps) if steps else by_epochs(pair):
+        epochs.append(epoch)
+        console.print(_line(epoch, recipe), markup=False)
+    flip = steps.first_flip if steps else None
+    broken = broken_bounds(recipe, epochs, share_gates=shared)
+    report = {
+        "recipe": recipe.name,
+        "precision": recipe.precision,
+        "share_gates": shared,
+        "epochs": [dataclasses.asdict(epoch) for epoch in epochs],
+        "first_flip": dataclasses.asdict(flip) if flip else None,
+        "broken": broken,
+        "seconds": time.perf_counter() - start,
+        "date": time.strftime("%Y-%m-%d"),
+        "backends": backends(),
+    }
+    _print_end(report)
+    _write(report, arguments)
+    if broken:
+        sys.exit(1)
+
+
+def backends() -> str:
+    """Return what computes, and with which flags: versions, device, threads (S12)."""
+    import jax
+    import torch
+
+    device = jax.devices("cpu")[0]
+    return (
+        f"jax {jax.__version__} on {device.platform}, products at highest precision; "
+        f"torch {torch.__version__} on cpu, {torch.get_float32_matmul_precision()} precision, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+
+def load_results(root: Path = Path()) -> dict[str, dict]:
+    """Return the kept reports, by recipe and mode."""
+    return json.loads((root / RESULTS).read_text()) if (root / RESULTS).exists() else {}
+
+
+def key(report: dict) -> str:
+    """Return the name under which a report is kept: recipe, precision, and what was shared or cut short."""
+    parts = [report["recipe"], report["precision"]]
+    parts += ["shared gates"] if report["share_gates"] else []
+    parts += [f"{report['max_steps']} steps"] if report.get("max_steps") else []
+    return ", ".join(parts)
+
+
+def table(results: dict[str, dict]) -> str:
+    """Return the kept reports as a Markdown table: the last epoch of each run, and the worst of its forced steps."""
+    headings = ["recipe", "precision", "steps", "weights differ by", "equal predictions", "accuracy, JAX and torch"]
+    headings += ["forced steps: worst error ratio", "first flip at step"]
+    rows = [headings, ["---"] * len(headings)]
+    for _, report in sorted(results.items()):
+        last, flip = report["epochs"][-1], report["first_flip"]
+        forced = last["forced"]
+        mode = f"{report['precision']}, gates shared" if report["share_gates"] else report["precision"]
+        rows.append(
+            [
+                f"`{report['recipe']}`",
+                mode,
+                f"{last['steps']:,}",
+                f"{max(epoch['weight_difference'] for epoch in report['epochs']):.1e}",
+                f"{min(epoch['equal_predictions'] for epoch in report['epochs']):.2%}",
+                f"{last['jax_accuracy']:.4f}, {last['torch_accuracy']:.4f}",
+                f"{forced['worst_ratio']:.1f} ({forced['flips']} flips)" if forced else "-",
+                f"{_global_step(flip, report):,}" if flip else "-",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _global_step(flip: dict, report: dict) -> int:
+    steps_per_epoch = report["epochs"][0]["steps"]
+    return (flip["epoch"] - 1) * steps_per_epoch + flip["step"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m spec_tests.lockstep", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--recipe", default="mlp128", help="a name or a .toml file (default: mlp128)")
+    parser.add_argument("--precision", choices=("float64", "float32"), default="float64")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
+    parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--share-gates", action="store_true", help="give torch's relu and pooling decisions to JAX")
+    parser.add_argument("--data-dir", type=Path, help="a directory that holds the idx files")
+    parser.add_argument("--json", type=Path, help="write the report to this file")
+    parser.add_argument("--keep", action="store_true", help=f"keep the report in {RESULTS}")
+    return parser
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    for name in ("epochs", "steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} is not 1 or more; leave it out for the recipe's own")
+    loaded = recipes.load(arguments.recipe)
+    return dataclasses.replace(loaded, precision=arguments.precision, epochs=arguments.epochs or loaded.epochs)
+
+
+def _line(epoch: Epoch, recipe: Recipe) -> str:
+    line = (
+        f"epoch {epoch.epoch}/{recipe.epochs}, step {epoch.steps:,}: weights differ by {epoch.weight_difference:.2e}, "
+        f"losses by {epoch.loss_difference:.2e}; {epoch.equal_predictions:.2%} equal predictions; accuracy "
+        f"{epoch.jax_accuracy:.4f} (JAX) {epoch.torch_accuracy:.4f} (torch)"
+    )
+    if forced := epoch.forced:
+        line += f"; {forced.steps:,} forced steps, worst error ratio {forced.worst_ratio:.2f} ({forced.worst_leaf})"
+        line += f", {forced.flips} flips" + (f", the largest {forced.largest_flip:.1e}" if forced.flips else "")
+    return line
+
+
+def _print_end(report: dict) -> None:
+    if flip := report["first_flip"]:
+        console.print(
+            f"the free runs part at epoch {flip['epoch']}, step {flip['step']}: {flip['layer']}, unit "
+            f"{', '.join(map(str, flip['unit']))}, example {flip['example']}: {flip['jax']:+.3e} in JAX, "
+            f"{flip['torch']:+.3e} in torch",
+            markup=False,
+        )
+    for line in report["broken"]:
+        console.print(f"broken: {line}", markup=False)
+    console.print(f"{'not in step' if report['broken'] else 'in step'}, {report['seconds']:.0f} s")
+
+
+def _write(report: dict, arguments: argparse.Namespace) -> None:
+    report |= {"max_steps": arguments.steps, "max_epochs": arguments.epochs}
+    if arguments.json:
+        try:
+            write_atomic(arguments.json, (json.dumps(report, indent=1) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"--json {arguments.json} cannot be written: {error}; name another file") from None
+    if arguments.keep:
+        RESULTS.parent.mkdir(exist_ok=True)
+        results = load_results() | {key(report): report}
+        write_atomic(RESULTS, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    run_program(main)
