@@ -190,14 +190,18 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """The test accuracy measured for this recipe, unchanged."""
+    """The test accuracy measured for this recipe, unchanged (S10.2)."""
 
     __pydantic_config__ = _STRICT
 
     test_accuracy: Annotated[float, Field(ge=0, le=1)]
+    """mean over the runs of both sides"""
     margin: Annotated[float, Field(ge=0, le=1)]
+    """three standard deviations of those runs"""
     runs: Count
+    """how many, both sides together"""
     measured: str
+    """dates and versions"""
 
 
 @dataclass(frozen=True, kw_only=True)

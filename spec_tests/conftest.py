@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from jax_impl import train
+import jax_impl.train
+import torch_ref.train
 from spec import datasets
 from spec.datasets import Dataset, Split, cache, catalog
 from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
@@ -22,6 +23,9 @@ from spec.errors import exit_status
 from spec.recipe import Data
 
 SHARED_MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+
+
+FRAMEWORKS = {"jax": jax_impl.train.main, "torch": torch_ref.train.main}
 
 
 class Ended(NamedTuple):
@@ -34,13 +38,13 @@ class Ended(NamedTuple):
 
 @pytest.fixture
 def trainer_command() -> Callable[..., Ended]:
-    """Return a function that runs `python -m jax_impl.train` with its arguments, in this process."""
+    """Return a function that runs a framework's trainer with its arguments, in this process."""
 
-    def command(*arguments: object) -> Ended:
+    def command(*arguments: object, framework: str = "jax") -> Ended:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                status = exit_status(lambda: train.main([str(argument) for argument in arguments]))
+                status = exit_status(lambda: FRAMEWORKS[framework]([str(argument) for argument in arguments]))
             except SystemExit as left:
                 status = left.code or 0
         return Ended(status, out.getvalue(), err.getvalue())

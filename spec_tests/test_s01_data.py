@@ -6,20 +6,26 @@ import dataclasses
 import gzip
 import os
 import re
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import torch_ref.data
 from spec import datasets, recipe
 from spec.datasets import Dataset, Split, __main__, cache, idx, preprocess, sources, tables
-from spec.datasets.catalog import IdxFile, IdxSet
+from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
 from spec.datasets.sizes import known_size
 from spec.errors import DataError, RecipeError
 from spec.recipe import Data, Preprocessing
+from spec_tests.assertions import assert_identical
 from spec_tests.conftest import ARRAYS, CONTENTS, idx_bytes
+from spec_tests.tolerances import DEVIATIONS, unit_roundoff
+from torch_ref.vision import torchvision
 
 
 def put(folder: Path, *, compressed: bool = False) -> Path:
@@ -49,6 +55,19 @@ def test_real_mnist_has_the_known_first_labels(mnist):
     assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert mnist.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert mnist.train.inputs.shape == (60_000, 28, 28, 1)
+
+
+def test_the_hashes_of_the_text_are_those_of_the_catalogue():
+    text = (resources.files("spec") / "SPEC.md").read_text("utf-8")
+    row = r"^\| (.+), (train|test) (images|labels) \| `([0-9a-f]{64})` \|$"
+    stated = {(title, split, kind): sha256 for title, split, kind, sha256 in re.findall(row, text, re.MULTILINE)}
+    kept = {
+        (idx_set.title, "train" if file.name.startswith("train") else "test", file.name.split("-")[1]): file.sha256
+        for idx_set in IDX_SETS.values()
+        for file in idx_set.files
+    }
+    assert len(kept) == 8
+    assert stated == kept
 
 
 # The cache and the sources
@@ -169,6 +188,32 @@ def test_a_damaged_file_in_the_cache_is_named_with_the_way_to_fetch_it_anew(tiny
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
     assert re.search(r"`\S*python\S* -m spec.datasets fetch fashion_mnist` fetches it anew", str(caught.value))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_torchvision_reads_no_file_that_was_not_verified(tiny, tmp_path, monkeypatch, kind):
+    damage, said = DAMAGE[kind]
+    monkeypatch.setattr(torchvision.datasets, tiny.folder, lambda *a, **k: pytest.fail("torchvision was asked to read"))
+    path = put(cache.raw_folder(tiny)) / "train-images-idx3-ubyte"
+    path.write_bytes(damage(CONTENTS[path.name]))
+    with pytest.raises(DataError) as caught:
+        torch_ref.data.load(Data(name="fashion_mnist"))
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+    assert "fetches it anew" in str(caught.value)
+    path.write_bytes(CONTENTS[path.name])
+    named = put(tmp_path / "named") / path.name
+    named.write_bytes(damage(CONTENTS[path.name]))
+    with pytest.raises(DataError, match=re.escape(str(named))):
+        torch_ref.data.load(Data(name="fashion_mnist"), data_dir=tmp_path / "named")
+
+
+def test_torchvisions_class_gives_the_examples_that_the_parser_gives(tiny):
+    put(cache.raw_folder(tiny))
+    theirs, ours = (side.load(Data(name="fashion_mnist")) for side in (torch_ref.data, datasets))
+    assert theirs.class_names == ours.class_names
+    for mine, other in ((ours.train, theirs.train), (ours.test, theirs.test)):
+        assert_identical(other._asdict(), mine._asdict(), item="torchvision")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -294,7 +339,8 @@ def test_standardising_keeps_the_differences_of_a_column_with_a_large_offset():
     dataset = Dataset(name="times", train=times, test=None, class_names=("a", "b"))
     done = preprocess(dataset, Preprocessing(divisor=1.0, mean=0.0, std=1.0, standardize=True))
     expected = (np.arange(4) - 1.5) / np.sqrt(1.25)
-    assert np.abs(done.train.inputs[:, 0] - expected).max() < 1e-7
+    # Rounded to float32 once, at the end; what float64 loses before is far less.
+    assert np.abs(done.train.inputs[:, 0] - expected).max() <= unit_roundoff(np.float32) * np.abs(expected).max()
 
 
 def test_values_that_overflow_float32_are_refused():
@@ -302,6 +348,78 @@ def test_values_that_overflow_float32_are_refused():
     huge = dataclasses.replace(dataset, train=Split(np.full((2, 1), 1e300), dataset.train.labels[:2]))
     with pytest.raises(DataError, match="overflow float32"):
         preprocess(huge, UNIT)
+    with pytest.raises(DataError, match="overflow float32"):
+        torch_ref.data.preprocess(huge, UNIT, dtype=torch.float64)
+
+
+def pictures(seed: int, dtype: type = np.uint8) -> Dataset:
+    """Return images of unequal dimensions; class 2 is in neither split."""
+    generator = np.random.default_rng(seed)
+    inputs = generator.integers(0, 256, (7, 5, 4, 3)).astype(dtype)
+    labels = generator.integers(0, 2, 7).astype(np.int32)
+    splits = {"train": Split(inputs[:4], labels[:4]), "test": Split(inputs[4:], labels[4:])}
+    return Dataset(name="pictures", class_names=("a", "b", "c"), **splits)
+
+
+def assert_torch_has(dataset: Dataset, preprocessing: Preprocessing, expected: list[np.ndarray]) -> None:
+    """Fail unless torch's splits are `expected` bit for bit, channels first; float64 widens the float32 values."""
+    for dtype in (torch.float32, torch.float64):
+        splits = torch_ref.data.preprocess(dataset, preprocessing, dtype=dtype)
+        for (inputs, labels), raw, wanted in zip(
+            (split.tensors for split in splits), (dataset.train, dataset.test), expected, strict=True
+        ):
+            moved = np.ascontiguousarray(np.moveaxis(wanted, -1, 1)) if wanted.ndim == 4 else wanted
+            assert inputs.is_contiguous()
+            found = {"inputs": inputs.numpy(), "labels": labels.numpy()}
+            widened = moved.astype(found["inputs"].dtype)
+            assert_identical(found, {"inputs": widened, "labels": raw.labels.astype(np.int64)}, item=f"torch, {dtype}")
+            assert inputs.dtype == dtype
+
+
+@settings(deadline=None)
+@given(
+    divisor=st.floats(0.5, 300),
+    mean=st.floats(-2, 2),
+    std=st.floats(0.1, 3),
+    dtype=st.sampled_from([np.uint8, np.float32, np.float64]),
+    seed=st.integers(0, 999),
+)
+def test_torch_and_numpy_normalise_to_the_same_bits(divisor, mean, std, dtype, seed):
+    dataset = pictures(seed, dtype)
+    asked = Preprocessing(divisor=divisor, mean=mean, std=std, standardize=False)
+    a, b, c = map(np.float32, (divisor, mean, std))
+    expected = [(raw.inputs.astype(np.float32) / a - b) / c for raw in (dataset.train, dataset.test)]
+    ours = preprocess(dataset, asked)
+    for found, wanted in zip((ours.train, ours.test), expected, strict=True):
+        assert_identical({"inputs": found.inputs}, {"inputs": wanted}, item="NumPy")
+    assert_torch_has(dataset, asked, expected)
+
+
+@settings(deadline=None, max_examples=20)
+@given(offset=st.floats(-1e6, 1e6), spread=st.floats(0.1, 10), seed=st.integers(0, 999))
+def test_torch_and_numpy_standardise_to_the_same_bits(offset, spread, seed):
+    drawn = offset + spread * np.random.default_rng(seed).standard_normal((11, 3))
+    labels = np.arange(11, dtype=np.int32) % 2
+    dataset = Dataset(
+        name="table", train=Split(drawn[:7], labels[:7]), test=Split(drawn[7:], labels[7:]), class_names=("a", "b")
+    )
+    mean, deviation = drawn[:7].mean(axis=0), drawn[:7].std(axis=0)
+    expected = [((part - mean) / deviation).astype(np.float32) for part in (drawn[:7], drawn[7:])]
+    asked = dataclasses.replace(UNIT, divisor=1.0, standardize=True)
+    assert_identical({"inputs": preprocess(dataset, asked).test.inputs}, {"inputs": expected[1]}, item="NumPy")
+    assert_torch_has(dataset, asked, expected)
+
+
+def test_torchs_images_are_ours_with_the_channels_moved():
+    dataset = pictures(0)
+    ours = preprocess(dataset, UNIT).train.inputs
+    train, _ = torch_ref.data.preprocess(dataset, UNIT, dtype=torch.float32)
+    images, labels = train.tensors
+    assert images.shape == (4, 3, 5, 4)
+    assert labels.dtype == torch.int64
+    for example, row, column, channel in np.ndindex(ours.shape):
+        assert images[example, channel, row, column] == ours[example, row, column, channel]
+    assert torch_ref.data.preprocess(levels(), UNIT, dtype=torch.float32)[0].tensors[0].shape == (256, 1)
 
 
 # Tables
@@ -329,7 +447,7 @@ def test_synthetic_values_are_uniform_up_to_high_and_follow_the_seed():
     assert inputs.shape == (50_000, 20)
     assert 0 <= inputs.min() < 0.01
     assert 99.99 < inputs.max() < 100
-    assert abs(inputs.mean() - 50) < 4 * 100 / np.sqrt(12 * inputs.size)  # four standard errors
+    assert abs(inputs.mean() - 50) < DEVIATIONS * 100 / np.sqrt(12 * inputs.size)
     assert np.array_equal(inputs, datasets.load(data).train.inputs)
     assert not np.array_equal(inputs, datasets.load(dataclasses.replace(data, seed=1)).train.inputs)
 

@@ -75,7 +75,7 @@ def test_the_first_train_label_that_tfds_stores_is_2_where_the_idx_files_is_9(fa
     assert fashion_mnist.train.labels[0] == 9
 
 
-@pytest.mark.slow  # half a minute: writes and reads 70,000 examples
+@pytest.mark.slow(minutes=1)
 def test_all_of_fashion_mnist_comes_through_tfds_unchanged(fashion_mnist):
     loaded = tfds_source.load(IDX_SETS["fashion_mnist"], fashion_mnist)
     for mine, theirs in ((loaded.train, fashion_mnist.train), (loaded.test, fashion_mnist.test)):

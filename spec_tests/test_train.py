@@ -1,7 +1,9 @@
-"""`python -m jax_impl.train`: a short run of every recipe, its run directory, repeats, precision, refusals."""
+"""The two trainers' command lines: a short run of every recipe, its run directory, repeats, precision, refusals."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import signal
@@ -9,18 +11,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
+import jax_impl.trainer
+import torch_ref.trainer
 from spec import params, recipe, recorder
 from spec.datasets.catalog import IDX_SETS
+from spec_tests.conftest import FRAMEWORKS
 
 SUMMARY_KEYS = {
     "recipe", "framework", "seed", "precision", "epochs", "steps", "examples_seen", "seconds", "compile_seconds",
     "train_loss", "train_accuracy", "cumulative_train_accuracy", "test_loss", "test_accuracy", "lesson_metrics",
     "devices", "versions",
 }  # fmt: skip
+both = pytest.mark.parametrize("framework", FRAMEWORKS)
 MADE_UP = "--data.name map_style --data.path spec_tests.conftest:MadeUpImages --data.test-fraction 0.2 --data.seed 0"
 CSV = "height,weight,label\n" + "".join(f"{i},{i * i},{i % 3}\n" for i in range(60))
 
@@ -41,17 +49,18 @@ def short_run_of(name: str, tmp_path: Path) -> list[str]:
     return ["--epochs", "1"]
 
 
+@both
 @pytest.mark.parametrize("name", recipe.recipe_names())
-def test_every_recipe_trains_and_leaves_a_whole_run_directory(name, trainer_command, tmp_path):
+def test_every_recipe_trains_and_leaves_a_whole_run_directory(name, framework, trainer_command, tmp_path):
     out = tmp_path / "run"
-    ended = trainer_command("--recipe", name, "--out", out, *short_run_of(name, tmp_path))
+    ended = trainer_command("--recipe", name, "--out", out, *short_run_of(name, tmp_path), framework=framework)
     assert ended.status == 0, ended.err
     assert {path.name for path in out.iterdir()} == {
         "config.json", "metrics.jsonl", "summary.json", "weights.safetensors",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == SUMMARY_KEYS
-    assert (summary["recipe"], summary["framework"], summary["epochs"]) == (name, "jax", 1)
+    assert (summary["recipe"], summary["framework"], summary["epochs"]) == (name, framework, 1)
     resolved = recipe.load(str(out / "config.json"))
     events = lines(out / "metrics.jsonl")
     assert [event["event"] for event in events] == ["progress"] * (len(events) - 1) + ["epoch"]
@@ -77,12 +86,14 @@ def test_mlp128_on_real_fashion_mnist_learns_in_one_epoch(fashion_mnist, trainer
     assert 0.78 < summary["test_accuracy"] < 0.87  # seeds 0, 1 and 2 gave 0.8152, 0.8440 and 0.8341
 
 
-def test_a_run_repeats_bit_for_bit_from_its_config_and_in_any_split_of_the_epoch(trainer_command, tmp_path):
-    first = trainer_command("--recipe", "digits", "--epochs", 3, "--seed", 5, "--out", tmp_path / "first")
+@both
+def test_a_run_repeats_bit_for_bit_from_its_config_and_in_any_split_of_the_epoch(framework, trainer_command, tmp_path):
+    command = functools.partial(trainer_command, framework=framework)
+    first = command("--recipe", "digits", "--epochs", 3, "--seed", 5, "--out", tmp_path / "first")
     assert first.status == 0, first.err
     config = tmp_path / "first" / "config.json"
-    assert trainer_command("--recipe", config, "--out", tmp_path / "again", "--quiet").status == 0
-    assert trainer_command("--recipe", config, "--out", tmp_path / "spans", "--metrics.progress-every", 7).status == 0
+    assert command("--recipe", config, "--out", tmp_path / "again", "--quiet").status == 0
+    assert command("--recipe", config, "--out", tmp_path / "spans", "--metrics.progress-every", 7).status == 0
     weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("first", "again", "spans")]
     assert weights[0] == weights[1] == weights[2]
     epochs = [
@@ -93,7 +104,8 @@ def test_a_run_repeats_bit_for_bit_from_its_config_and_in_any_split_of_the_epoch
     assert json.loads(config.read_text())["recipe"]["seed"] == 5
 
 
-def test_dropout_repeats_with_the_seed_and_in_any_split_of_the_epoch(trainer_command, tmp_path):
+@both
+def test_dropout_repeats_with_the_seed_and_in_any_split_of_the_epoch(framework, trainer_command, tmp_path):
     small = "--model.channels 2 3 --model.hidden-sizes 8 --epochs 2 --batch-size 60 --recipe cnn"
     flags = [*small.split(), *MADE_UP.split()]
     for name, more in {
@@ -101,16 +113,18 @@ def test_dropout_repeats_with_the_seed_and_in_any_split_of_the_epoch(trainer_com
         "spans": ["--metrics.progress-every", "3"],
         "other": ["--seed", "1"],
     }.items():
-        assert trainer_command(*flags, *more, "--out", tmp_path / name).status == 0
+        assert trainer_command(*flags, *more, "--out", tmp_path / name, framework=framework).status == 0
     weights = {name: (tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "spans", "other")}
     assert weights["whole"] == weights["spans"] != weights["other"]
 
 
+@both
 @pytest.mark.parametrize(
     ("precision", "stored"), [("float64", np.float64), ("float32", np.float32), ("bfloat16", np.float32)]
 )
-def test_every_precision_trains_the_digits(precision, stored, trainer_command, tmp_path):
-    ended = trainer_command("--recipe", "digits", "--precision", precision, "--out", tmp_path / "run", "--quiet")
+def test_every_precision_trains_the_digits(precision, stored, framework, trainer_command, tmp_path):
+    flags = ["--recipe", "digits", "--precision", precision, "--out", tmp_path / "run", "--quiet"]
+    ended = trainer_command(*flags, framework=framework)
     assert ended.status == 0, ended.err
     assert load_file(tmp_path / "run" / "weights.safetensors")["linear1.weight"].dtype == stored
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_accuracy"] > 0.95
@@ -225,27 +239,39 @@ def test_a_mistake_exits_2_with_a_few_lines_and_no_summary(flags, said, trainer_
 
 
 def test_a_platform_that_is_not_there_is_refused(trainer_command, tmp_path):
-    import jax
-
     missing = next(name for name in ("tpu", "gpu") if name not in {device.platform for device in jax.devices()})
-    ended = trainer_command("--recipe", "digits", "--platform", missing, "--out", tmp_path / "run")
+    flags = ["--recipe", "digits", "--platform", missing, "--out", tmp_path / "run"]
+    ended = trainer_command(*flags)
     assert ended.status == 2
     assert f"--platform {missing} is not on this machine" in ended.err
     assert not (tmp_path / "run").exists()
 
 
-def test_too_little_memory_on_the_device_is_a_short_error(trainer_command, tmp_path, monkeypatch):
-    import jax
-
-    from jax_impl import trainer
-
-    def exhausted(*_: object) -> None:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
-
-    monkeypatch.setattr(trainer, "Trainer", exhausted)
-    ended = trainer_command("--recipe", "digits", "--out", tmp_path / "run")
+def test_torch_has_no_tpu(trainer_command, tmp_path):
+    ended = trainer_command("--recipe", "digits", "--platform", "tpu", "--out", tmp_path / "run", framework="torch")
     assert ended.status == 2
-    assert "too little memory: RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.; use a smaller" in ended.err
+    assert "--platform tpu is not one that torch has here" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("framework", "module", "refusal"),
+    [
+        ("jax", jax_impl.trainer, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99.\nmore")),
+        ("torch", torch_ref.trainer, torch.OutOfMemoryError("RESOURCE_EXHAUSTED: Out of memory allocating 99.")),
+    ],
+)
+def test_too_little_memory_on_the_device_is_a_short_error(
+    framework, module, refusal, trainer_command, tmp_path, monkeypatch
+):
+    def exhausted(*_: object) -> None:
+        raise refusal
+
+    changed = dataclasses.replace(module.IMPLEMENTATION, trainer=exhausted)
+    monkeypatch.setattr(module, "IMPLEMENTATION", changed)
+    ended = trainer_command("--recipe", "digits", "--out", tmp_path / "run", framework=framework)
+    assert ended.status == 2
+    assert "too little memory: RESOURCE_EXHAUSTED: Out of memory allocating 99.; use a smaller" in ended.err
     assert not (tmp_path / "run").exists()
 
 
@@ -376,9 +402,10 @@ def test_fields_are_changed_by_their_paths_and_short_names(trainer_command):
     assert "\nmomentum" not in ended.out
 
 
-def test_help_needs_no_jax():
+@pytest.mark.parametrize("package", ["jax_impl", "torch_ref"])
+def test_help_needs_neither_framework(package):
     script = (
-        "import sys\nfrom jax_impl import train\n"
+        f"import sys\nfrom {package} import train\n"
         "try:\n    train.main(['--help'])\nexcept SystemExit as left:\n    assert not left.code\n"
         "slow = {'jax', 'flax', 'optax', 'torch', 'sklearn'} & set(sys.modules)\n"
         "sys.exit(f'imported {slow}' if slow else 0)\n"
@@ -388,8 +415,9 @@ def test_help_needs_no_jax():
     assert "--learning-rate" in ended.stdout
 
 
-def test_an_interrupt_while_the_device_works_leaves_with_130(tmp_path):
-    command = [sys.executable, "-u", "-m", "jax_impl.train", "--recipe", "mlp512", "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("package", ["jax_impl", "torch_ref"])
+def test_an_interrupt_while_the_device_works_leaves_with_130(package, tmp_path):
+    command = [sys.executable, "-u", "-m", f"{package}.train", "--recipe", "mlp512", "--out", str(tmp_path / "run")]
     command += [*MADE_UP.split(), "--epochs", "100000", "--batch-size", "50"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "cumulative" not in process.stdout.readline():

@@ -49,14 +49,14 @@ def preprocess(dataset: Dataset, preprocessing: Preprocessing, *, dtype: torch.d
 
 
 def _tensors(split: Split, preprocessing: Preprocessing, dtype: torch.dtype) -> TensorDataset:
-    inputs = torch.from_numpy(np.ascontiguousarray(split.inputs)).float()
+    inputs = torch.tensor(split.inputs).float()
     if not preprocessing.standardize:
         inputs = inputs.div(preprocessing.divisor).sub(preprocessing.mean).div(preprocessing.std)
     if not inputs.isfinite().all():
         raise DataError("the inputs have values that overflow float32 after preprocessing; scale them down")
     if inputs.ndim == 4:
         inputs = inputs.permute(0, 3, 1, 2).contiguous()
-    return TensorDataset(inputs.to(dtype), torch.from_numpy(split.labels).long())
+    return TensorDataset(inputs.to(dtype), torch.tensor(split.labels).long())
 
 
 def batches(examples: TensorDataset, counts: Counts, order: np.ndarray) -> DataLoader:

@@ -1,0 +1,137 @@
+"""`python -m spec_tests.mutants`: plant each fault of the catalogue, and show which test kills it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from spec.errors import UserError, did_you_mean, run_program
+from spec.files import write_atomic
+from spec_tests.mutants.catalogue import MUTANTS, Mutant
+from spec_tests.mutants.runner import Outcome, Selection, run_baseline, run_mutants
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = ("pytest", "numpy", "jax", "jaxlib", "flax", "optax", "torch")
+WIDTH = 180  # of the table where no terminal says how wide it is
+COLOURS = {"killed": "green", "survived": "red", "crashed": "yellow"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the matrix as the flags say; leave with status 1 unless every mutant is killed."""
+    flags = _parser().parse_args(arguments)
+    if flags.jobs < 1:
+        raise UserError(f"--jobs {flags.jobs}: must be 1 or more")
+    chosen = choose(MUTANTS, names=flags.only, clause=flags.clause)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+    start = time.perf_counter()
+    if not baseline_passes(chosen, flags.jobs, console):
+        console.print("the unmutated copy fails its own tests: mend them first")
+        sys.exit(1)
+    outcomes = run_matrix(chosen, flags.jobs, console)
+    show(outcomes, console)
+    if flags.json:
+        write_atomic(flags.json, (json.dumps(kept(outcomes, time.perf_counter() - start), indent=1) + "\n").encode())
+    killed = sum(outcome.result == "killed" for outcome in outcomes.values())
+    console.print(f"killed {killed} of {len(outcomes)}")
+    sys.exit(0 if killed == len(outcomes) else 1)
+
+
+def choose(mutants: Sequence[Mutant], *, names: Sequence[str] | None, clause: str | None) -> list[Mutant]:
+    """Return the mutants of these names, or of this clause, or all. UserError for a name or clause there is not."""
+    known = [mutant.name for mutant in mutants]
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--only {name}: no mutant has this name{did_you_mean(name, known)}")
+    clauses = list(dict.fromkeys(mutant.clause for mutant in mutants))
+    if clause is not None and clause not in clauses:
+        raise UserError(f"--clause {clause}: no mutant is of this clause; there are {', '.join(clauses)}")
+    chosen = [mutant for mutant in mutants if not names or mutant.name in names]
+    chosen = [mutant for mutant in chosen if clause is None or mutant.clause == clause]
+    if not chosen:
+        raise UserError(f"--clause {clause}: none of {', '.join(names or ())} is of this clause; leave one of both out")
+    return chosen
+
+
+def baseline_passes(mutants: Sequence[Mutant], jobs: int, console: Console) -> bool:
+    """Say whether the unmutated copy passes all tests that are to kill: else nothing that follows means anything."""
+
+    def tell(selected: Selection, outcome: Outcome) -> None:
+        passed = outcome.result == "survived"
+        said = "passes" if passed else f"{outcome.result}: {outcome.killer} {outcome.message}"
+        console.print(f"unmutated: {selected.files[0]} {said} ({outcome.seconds:.0f} s)", markup=False)
+
+    outcomes = run_baseline(mutants, ROOT, jobs, tell)
+    return all(outcome.result == "survived" for outcome in outcomes.values())
+
+
+def run_matrix(mutants: Sequence[Mutant], jobs: int, console: Console) -> dict[Mutant, Outcome]:
+    """Run the mutants, with a line for each as it ends."""
+    ended = 0
+
+    def tell(mutant: Mutant, outcome: Outcome) -> None:
+        nonlocal ended
+        ended += 1
+        said = outcome.killer or outcome.message
+        line = (
+            f"{ended}/{len(mutants)} {outcome.result}: {mutant.clause} {mutant.name} ({outcome.seconds:.0f} s) {said}"
+        )
+        console.print(line, markup=False)
+
+    return run_mutants(mutants, ROOT, jobs, tell)
+
+
+def show(outcomes: Mapping[Mutant, Outcome], console: Console) -> None:
+    """Print the matrix, a row for each mutant."""
+    table = Table("clause", "mutant", "where", "result", "killed by", "seconds")
+    for mutant, outcome in outcomes.items():
+        result = f"[{COLOURS[outcome.result]}]{outcome.result}[/]"
+        killer = outcome.killer.replace("[", r"\[")
+        table.add_row(mutant.clause, mutant.name, mutant.path, result, killer, f"{outcome.seconds:.1f}")
+    console.print(table)
+
+
+def kept(outcomes: Mapping[Mutant, Outcome], seconds: float) -> dict:
+    """Return the matrix as it is kept in a file."""
+    rows = [
+        {
+            "name": mutant.name,
+            "clause": mutant.clause,
+            "says": mutant.says,
+            "file": mutant.path,
+            "result": outcome.result,
+            "killer": outcome.killer,
+            "message": outcome.message,
+            "seconds": round(outcome.seconds, 1),
+        }
+        for mutant, outcome in outcomes.items()
+    ]
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS}
+    return {
+        "killed": sum(row["result"] == "killed" for row in rows),
+        "mutants": rows,
+        "seconds": round(seconds, 1),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m spec_tests.mutants", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone")
+    parser.add_argument("--clause", help="the mutants of one clause of spec/SPEC.md: S6, say")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, each in a copy of its own (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the matrix in this file")
+    return parser
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,291 @@
+"""S9: the two runs side by side: every step from the same state, whole runs, the first flip, a change of sides."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+
+from spec import datasets, recipe
+from spec.datasets.catalog import IDX_SETS
+from spec.errors import exit_status
+from spec.recipe import Recipe
+from spec_tests import tolerances
+from spec_tests.adapters import JaxAdapter, TorchAdapter
+from spec_tests.assertions import assert_identical, assert_no_shared_memory, assert_within
+from spec_tests.conftest import made_up_images
+from spec_tests.lockstep import __main__ as lockstep
+from spec_tests.lockstep.report import Epoch, Forced, broken_bounds
+from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs, decided_on, differing
+
+KINDS = ("mlp128", "sigmoid-mlp", "mlp128-batchnorm", "mnist-mlp256", "breast-cancer", "cnn")
+WHOLE_RUNS = [name for name in recipe.recipe_names() if name not in ("csv", "map-style", "cnn")]
+
+
+def short(name: str, precision: str) -> Recipe:
+    """Return a recipe on few examples: its own rule, loss and kind of layers, a small CNN for the CNN."""
+    loaded = recipe.load(name)
+    model = loaded.model
+    if model.name == "cnn":
+        model = dataclasses.replace(model, channels=(3, 4), hidden_sizes=(6,))
+    return dataclasses.replace(loaded, precision=precision, model=model, batch_size=13, epochs=2)
+
+
+def pair_of(name: str, precision: str) -> Pair:
+    small = short(name, precision)
+    if small.data.name in IDX_SETS:
+        return Pair.of(small, made_up_images(70, 31))
+    return Pair.of(small, datasets.load(small.data))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_from_the_same_state_every_step_of_every_recipe_agrees(name):
+    run = StepByStep(pair_of(name, "float32"), share_gates=False, watch=True)
+    *_, last = run.epochs(max_steps=12)
+    assert last.forced.steps == last.steps >= 10
+    assert last.forced.worst_ratio <= tolerances.KAPPA, last.forced
+    assert last.forced.worst_flip <= 1, last.forced
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "cnn"])
+def test_a_float64_run_ends_within_a_float32_rounding_on_both_sides(name):
+    pair = pair_of(name, "float64")
+    epochs = list(by_epochs(pair))
+    assert [epoch.epoch for epoch in epochs] == [1, 2]
+    assert broken_bounds(pair.recipe, epochs, share_gates=False) == []
+    assert epochs[-1].weight_difference <= tolerances.unit_roundoff(np.float32)
+
+
+def test_the_cnn_stays_together_in_float64_when_masks_are_handed_over():
+    pair = pair_of("cnn", "float64")
+    epochs = list(StepByStep(pair, share_gates=False, watch=False).epochs())
+    assert broken_bounds(pair.recipe, epochs, share_gates=False) == []
+
+
+def test_a_smooth_network_stays_together_in_float32():
+    pair = pair_of("sigmoid-mlp", "float32")
+    *_, last = StepByStep(pair, share_gates=False, watch=False).epochs()
+    assert last.weight_difference <= tolerances.SMOOTH_RUN_FLOAT32
+    assert last.equal_predictions == 1
+
+
+# The first flip
+
+
+def near_tie(precision: str = "float32") -> tuple[StepByStep, int]:
+    """Return runs that differ in one bias alone, by 2e-6, which puts unit 5 of the first example on either side of 0.
+
+    Also the index of that example in the training split.
+    """
+    small = short("mnist-mlp512", precision)
+    small = dataclasses.replace(small, model=dataclasses.replace(small.model, hidden_sizes=(9,), activations=("relu",)))
+    run = StepByStep(Pair.of(small, made_up_images(70, 31)), share_gates=False, watch=True)
+    batch = next(run.pair.batches(1))
+    activations = run.leader.forward(run.pair.train.inputs[batch], train=True).activations
+    state = run.leader.state()
+    state["linear1.bias"][5] -= activations["linear1"][0, 5]
+    for side, shift in ((run.leader, 1e-6), (run.follower, -1e-6)):
+        shifted = state["linear1.bias"].copy()
+        shifted[5] += shift
+        side.load(state | {"linear1.bias": shifted}, side.opt_state())
+    return run, int(batch[0])
+
+
+def test_the_first_flip_is_a_pre_activation_within_rounding_of_zero():
+    run, example = near_tie()
+    list(run.epochs(max_steps=3))
+    flip = run.first_flip
+    assert (flip.epoch, flip.step, flip.layer, flip.unit, flip.example) == (1, 0, "relu1", (5,), example)
+    assert flip.jax <= 0 < flip.torch
+    assert flip.torch - flip.jax <= 2e-6 + tolerances.flip_bound(784, 4.0)
+
+
+def test_given_equal_decisions_every_step_agrees_after_the_flip():
+    free, _ = near_tie()
+    shared, _ = near_tie()
+    shared.share_gates, shared.forcing = True, None
+    *_, parted = free.epochs()
+    *_, together = shared.epochs()
+    # The planted difference of 2e-6 in one bias is still there; a gate that flips moves a row of weights by 1e-4.
+    assert together.weight_difference <= 4e-6
+    assert parted.weight_difference > 10 * together.weight_difference
+    assert together.equal_predictions == 1
+
+
+def test_a_pool_decides_on_the_gap_between_the_two_largest_of_a_window():
+    window = np.array([[[[1.0, 4.0], [3.5, 2.0]]]])
+    assert decided_on({"relu1": window, "pool1": window.max((2, 3))}, "pool1", (0, 0, 0, 0)) == 0.5
+
+
+def test_masks_are_not_decisions_and_the_first_layer_comes_first():
+    ours = {"relu1": np.array([[True, True]]), "dropout1": np.array([[True]]), "relu2": np.array([[False]])}
+    theirs = {"relu2": np.array([[True]]), "relu1": np.array([[True, False]]), "dropout1": np.array([[False]])}
+    assert list(differing(ours, theirs)) == [("relu1", (0, 1)), ("relu2", (0, 0))]
+
+
+# What a report calls broken
+
+
+GOOD = Epoch(
+    epoch=1, steps=10, weight_difference=1e-15, loss_difference=0.0, equal_predictions=1.0, jax_accuracy=0.5,
+    torch_accuracy=0.5, forced=Forced(steps=10, worst_ratio=2.0, worst_leaf="x", flips=0, largest_flip=0, worst_flip=0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "said"),
+    [
+        ("float64", {"weight_difference": 2e-12}, "epoch 1: weights differ by 2e-12, allowed 1e-12"),
+        ("float64", {"weight_difference": float("nan")}, "weights differ by nan"),
+        ("float64", {"equal_predictions": 0.9999}, "99.99% equal predictions, wanted all"),
+        ("float32", {"forced": dataclasses.replace(GOOD.forced, worst_ratio=9.0)}, "9 times the other side's error"),
+        ("float32", {"forced": dataclasses.replace(GOOD.forced, worst_ratio=float("nan"))}, "nan times"),
+        ("float32", {"forced": dataclasses.replace(GOOD.forced, worst_flip=1.5)}, "1.5 times as far from undecided"),
+    ],
+)
+def test_a_broken_bound_is_said(precision, changes, said):
+    mlp128 = dataclasses.replace(recipe.load("mlp128"), precision=precision)
+    assert broken_bounds(mlp128, [GOOD], share_gates=False) == []
+    (line,) = broken_bounds(mlp128, [dataclasses.replace(GOOD, **changes)], share_gates=False)
+    assert said in line
+
+
+# Crossing over
+
+
+def test_a_step_on_one_side_leaves_the_other_sides_arrays_alone():
+    pair = pair_of("mlp128", "float32")
+    images, labels = pair.train.inputs[:13], pair.train.labels[:13]
+    ours, theirs = JaxAdapter(pair.network), TorchAdapter(pair.network)
+    for giver, taker in ((theirs, ours), (ours, theirs)):
+        given = giver.state(), giver.opt_state()
+        taker.load(*given)
+        for kind, arrays in zip(("state", "opt_state"), given, strict=True):
+            assert_no_shared_memory(arrays, getattr(taker, kind)(), item=f"{giver.name} to {taker.name}")
+        before = {name: array.copy() for name, array in taker.state().items()}
+        giver.step(images, labels)
+        assert_identical(taker.state(), before, item=f"{taker.name} after a step of {giver.name}")
+        before = {name: array.copy() for name, array in giver.state().items()}
+        taker.step(images, labels)
+        assert_identical(giver.state(), before, item=f"{giver.name} after a step of {taker.name}")
+        for arrays in given:
+            for array in arrays.values():
+                array[...] = 99
+        assert max(float(np.abs(array).max()) for array in (taker.state() | giver.state()).values()) < 99
+
+
+@pytest.mark.parametrize("name", ["mlp128", "mlp128-batchnorm", "mnist-mlp256", "cnn"])
+def test_a_run_that_changes_sides_and_back_ends_as_one_that_does_not(name):
+    pair = pair_of(name, "float64")
+    stays, crosses = TorchAdapter(pair.network), (TorchAdapter(pair.network), JaxAdapter(pair.network))
+    batches = [*pair.batches(1), *pair.batches(2)]
+    for step, batch in enumerate(batches):
+        images, labels = pair.train.inputs[batch], pair.train.labels[batch]
+        stays.step(images, labels)
+        masks = {layer: mask for layer, mask in stays.last_decisions.items() if layer.startswith("dropout")}
+        side, other = crosses if step // 3 % 2 == 0 else crosses[::-1]  # every third step, over and back
+        if step and step % 3 == 0:
+            side.load(other.state(), other.opt_state())
+        side.step(images, labels, decisions=masks)
+    assert step // 3 >= 3
+    assert_within(side.state(), stays.state(), bound=tolerances.FREE_RUN_FLOAT64, item="state")
+    assert_within(side.opt_state(), stays.opt_state(), bound=tolerances.FREE_RUN_FLOAT64, item="optimiser's state")
+
+
+# The command
+
+
+def command(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["lockstep", *arguments])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = exit_status(lockstep.main)
+        except SystemExit as left:
+            status = left.code or 0
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_the_command_prints_each_epoch_and_writes_the_report(tmp_path, monkeypatch):
+    file = tmp_path / "report.json"
+    arguments = ["--recipe", "synthetic-3class", "--precision", "float32", "--epochs", "2", "--json", str(file)]
+    status, out, err = command(*arguments, monkeypatch=monkeypatch)
+    assert status == 0, out + err
+    assert out.count("weights differ by") == 2
+    assert "forced steps, worst error ratio" in out
+    assert out.splitlines()[-1].startswith("in step")
+    report = json.loads(file.read_text())
+    assert [epoch["steps"] for epoch in report["epochs"]] == [1, 2]
+    assert report["broken"] == []
+    assert "jax" in report["backends"]
+    assert "torch" in report["backends"]
+
+
+def test_a_run_that_is_not_in_step_exits_with_1(monkeypatch):
+    monkeypatch.setattr(tolerances, "FREE_RUN_FLOAT64", 0.0)
+    status, out, _ = command("--recipe", "synthetic-3class", "--epochs", "3", monkeypatch=monkeypatch)
+    assert status == 1
+    assert "broken: epoch" in out
+    assert "not in step" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--recipe mpl128", "did you mean 'mlp128'"),
+        ("--recipe digits --epochs 0", "--epochs 0 is not 1 or more"),
+        ("--recipe digits --steps -3", "--steps -3 is not 1 or more"),
+        ("--recipe digits --precision float16", "invalid choice: 'float16'"),
+        ("--recipe digits --data-dir /nowhere", "leave it out"),
+        (
+            "--recipe synthetic-3class --epochs 1 --json /nowhere/file.json",
+            "--json /nowhere/file.json cannot be written",
+        ),
+    ],
+)
+def test_a_mistake_exits_with_2(arguments, said, monkeypatch):
+    status, _, err = command(*arguments.split(), monkeypatch=monkeypatch)
+    assert status == 2
+    assert said in err
+
+
+# Whole runs, on the real data
+
+
+def real_pair(name: str, precision: str, request: pytest.FixtureRequest) -> Pair:
+    loaded = dataclasses.replace(recipe.load(name), precision=precision)
+    if loaded.data.name in IDX_SETS:
+        return Pair.of(loaded, request.getfixturevalue(loaded.data.name))
+    return Pair.of(loaded, datasets.load(loaded.data))
+
+
+@pytest.mark.slow(minutes=20)
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_a_whole_run_in_float64_stays_together_at_every_epoch(name, request):
+    pair = real_pair(name, "float64", request)
+    epochs = list(by_epochs(pair))
+    assert len(epochs) == pair.recipe.epochs
+    assert broken_bounds(pair.recipe, epochs, share_gates=False) == []
+
+
+@pytest.mark.slow(minutes=25)
+def test_a_whole_run_of_the_cnn_in_float64_stays_together(request):
+    pair = real_pair("cnn", "float64", request)
+    epochs = list(StepByStep(pair, share_gates=False, watch=False).epochs())
+    assert broken_bounds(pair.recipe, epochs, share_gates=False) == []
+
+
+@pytest.mark.slow(minutes=40)
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_every_step_of_a_whole_run_in_float32_agrees_from_the_same_state(name, request):
+    pair = real_pair(name, "float32", request)
+    run = StepByStep(pair, share_gates=False, watch=True)
+    epochs = list(run.epochs())
+    assert epochs[-1].forced.steps == pair.counts.steps
+    assert broken_bounds(pair.recipe, epochs, share_gates=False) == []
+    parted = epochs[-1].weight_difference > tolerances.SMOOTH_RUN_FLOAT32
+    assert run.first_flip is not None or not parted  # nothing parts two runs but a flip
