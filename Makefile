@@ -1,12 +1,15 @@
 # Two commands: `make train` trains the default recipe on real data, `make test` runs the checks and the fast tests.
+# `make test-colab` runs the fast tests against the versions of Colab's TPU image, in an environment of its own.
 PYTHON ?= python3
 VENV ?= .venv
+COLAB_VENV ?= .venv-colab
 CONSTRAINTS = constraints/main.txt
+COLAB_CONSTRAINTS = constraints/colab.txt
 BIN = $(VENV)/bin
 SOURCES = spec jax_impl torch_ref spec_tests
 WORKERS ?= auto
 
-.PHONY: train test test-all data lint format wheel clean
+.PHONY: train test test-all test-colab data lint format wheel clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m jax_impl.train
@@ -16,6 +19,9 @@ test: lint data
 
 test-all: lint data
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-colab: $(COLAB_VENV)/.test
+	$(COLAB_VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
 # Without any source for it, the tests on real data say that they skip.
 data: $(VENV)/.test
@@ -34,7 +40,7 @@ wheel: $(VENV)/.test
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(COLAB_VENV) build dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -48,3 +54,8 @@ $(VENV)/.train: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
 	@touch $@ $(VENV)/.train
+
+$(COLAB_VENV)/.test: pyproject.toml $(COLAB_CONSTRAINTS)
+	$(PYTHON) -m venv $(COLAB_VENV)
+	$(COLAB_VENV)/bin/python -m pip install --quiet --constraint $(COLAB_CONSTRAINTS) --editable '.[test]'
+	@touch $@

@@ -84,6 +84,6 @@ def weight_bound(recipe: Recipe, steps: int, *, share_gates: bool) -> float | No
         if recipe.model.name == "cnn":
             few = steps <= tolerances.CNN_FEW_STEPS
             return tolerances.CNN_FEW_STEPS_FLOAT64 if few else tolerances.CNN_RUN_FLOAT64
-        return tolerances.FREE_RUN_FLOAT64
+        return tolerances.BATCHNORM_RUN_FLOAT64 if recipe.model.input_batchnorm else tolerances.FREE_RUN_FLOAT64
     smooth = recipe.model.name == "mlp" and "relu" not in recipe.model.activations[:1]
     return tolerances.SMOOTH_RUN_FLOAT32 if smooth and not share_gates else None
