@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,13 @@ class Trainer:
     def state(self) -> dict[str, np.ndarray]:
         """Return the present parameters and running statistics, canonical names and layouts (`spec.params`)."""
         return to_canonical(self._state.params, self._state.batch_stats, self.leaves)
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over parameters and running statistics, canonical names and layouts; the optimiser stays as it is."""
+        stored = jnp.promote_types(jnp.dtype(self.recipe.precision), jnp.float32)
+        with precision_scope(self.recipe.precision):
+            trained, batch_stats = from_canonical(state, self.leaves, dtype=stored, device=self.device)
+        self._state = self._state._replace(params=trained, batch_stats=batch_stats)
 
     def train_epochs(self, epochs: int) -> Iterator[None]:
         """Train without evaluating, an epoch at each `next`, and wait for the device: what `spec_tests.speed` times."""

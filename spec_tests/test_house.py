@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from jax_impl import train
 from spec import recipe
 from spec_tests import speed
+from spec_tests.conftest import FRAMEWORKS
+from spec_tests.lockstep import __main__ as lockstep
+from spec_tests.mutants import __main__ as mutants
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -118,9 +120,10 @@ def commands() -> list[str]:
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("command", [line for line in commands() if "jax_impl.train" in line])
+@pytest.mark.parametrize("command", [line for line in commands() if re.search(r"(jax_impl|torch_ref)\.train", line)])
 def test_every_trainer_command_of_the_readme_is_taken(command, capsys, tmp_path, monkeypatch):
     arguments = shlex.split(command.split(">")[0])[3:]
+    main = FRAMEWORKS["torch" if "torch_ref" in command else "jax"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     mlp512 = recipe.load("mlp512")
@@ -128,13 +131,14 @@ def test_every_trainer_command_of_the_readme_is_taken(command, capsys, tmp_path,
     shutil.copy(recipe.RECIPES / "mlp512.toml", tmp_path / "mine.toml")
     shown = [] if {"--list", "--help"} & set(arguments) else ["--print-config"]
     with contextlib.suppress(SystemExit) if "--help" in arguments else contextlib.nullcontext():
-        train.main([*arguments, *shown])
+        main([*arguments, *shown])
     assert capsys.readouterr().out
 
 
 def test_the_readmes_other_commands_are_known():
     known = ("make train", "make test", "python3 -m venv", ".venv/bin/pip install")
-    modules = ("jax_impl.train", "spec.datasets", "spec_tests.speed", "spec_tests.accuracy")
+    modules = ("jax_impl.train", "torch_ref.train", "spec.datasets", "spec_tests.speed", "spec_tests.accuracy")
+    modules += ("spec_tests.lockstep", "spec_tests.mutants")
     for command in commands():
         module = re.search(r"python -m (\S+)", command)
         assert command.startswith(known) or (module and module[1] in modules), command
@@ -148,9 +152,29 @@ def test_the_readmes_python_runs(capsys):
     assert float(capsys.readouterr().out.split()[-1]) > 0.95  # the last epoch's test accuracy
 
 
-def test_the_readmes_table_of_speed_is_that_of_the_results():
-    (shown,) = re.findall(r"<!-- speed: .*? -->\n(.*?)<!-- /speed -->", README, re.DOTALL)
-    assert shown.strip() == speed.table(speed.load_results(ROOT))
+@pytest.mark.parametrize(
+    ("name", "module"), {"speed": speed, "lockstep": lockstep, "mutants": mutants}.items(), ids=lambda value: str(value)
+)
+def test_the_readmes_tables_are_those_of_the_results(name, module):
+    (shown,) = re.findall(rf"<!-- {name}: .*? -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
+    assert shown.strip() == module.table(module.load_results(ROOT))
+
+
+def test_every_kept_full_run_is_in_step_and_every_recipe_has_one():
+    results = lockstep.load_results(ROOT)
+    assert all(report["broken"] == [] for report in results.values())
+    whole = {
+        report["recipe"]
+        for report in results.values()
+        if report["precision"] == "float64" and not report["max_epochs"] and not report["max_steps"]
+    }
+    assert whole == set(recipe.recipe_names()) - {"csv", "map-style"}
+
+
+def test_every_mutant_of_the_kept_matrix_is_killed_and_the_matrix_is_that_of_the_catalogue():
+    results = mutants.load_results(ROOT)
+    assert {row["result"] for row in results["mutants"]} == {"killed"}
+    assert [row["name"] for row in results["mutants"]] == [mutant.name for mutant in mutants.MUTANTS]
 
 
 def test_the_readmes_file_tree_is_there():

@@ -222,6 +222,7 @@ def test_a_leaf_is_drawn_from_the_seed_and_its_name_alone():
     assert np.array_equal(first["linear2.bias"], generator.uniform(-(512**-0.5), 512**-0.5, 512).astype(np.float32))
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 5))
 def test_a_layer_added_leaves_the_other_leaves_as_they_were(seed, sizes, added):
     mlp, cnn = recipe.load("sigmoid-mlp").model, recipe.load("cnn").model
@@ -607,15 +608,6 @@ def test_torchs_relu_has_slope_zero_at_zero_too():
     x = torch.tensor([-1.0, 0.0, -0.0, 2.0], requires_grad=True)
     torch_ref.models.ACTIVATIONS["relu"]()(x).sum().backward()
     assert x.grad.tolist() == [0, 0, 0, 1]
-
-
-def test_other_ways_to_write_relu_have_another_slope_at_zero():
-    assert jax.grad(lambda x: jnp.maximum(x, 0))(0.0) == 0.5
-    assert jax.grad(lambda x: jnp.clip(x, 0))(0.0) == 0.5
-    for written, slope in ((lambda x: torch.maximum(x, torch.zeros(())), 0.5), (lambda x: x.clamp(min=0), 1.0)):
-        x = torch.zeros((), requires_grad=True)
-        written(x).backward()
-        assert x.grad == slope
 
 
 def test_other_ways_to_write_relu_have_another_slope_at_zero():

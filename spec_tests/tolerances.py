@@ -64,6 +64,16 @@ def flip_bound(terms: int, scale: float) -> float:
     return 4 * math.sqrt(terms) * unit_roundoff(np.float32) * scale
 
 
+def twin_bound(steps: int, twin_difference: float) -> float:
+    """Return how far two sides may be apart that round at each of `steps` steps, where one side is `twin_difference`
+    from itself after a single rounding at the start: sqrt(steps) times, four standard deviations.
+
+    Adam divides by the root of a gradient's second moment. Where gradients vanish, rounding is all there is to divide,
+    and the run is chaotic in float64 too.
+    """
+    return 4 * math.sqrt(steps) * max(twin_difference, unit_roundoff(np.float64))
+
+
 def walk_bound(steps: int, dtype: np.typing.DTypeLike) -> float:
     """Return sqrt(steps) u, four standard deviations of it: what independent roundings of `steps` updates add up to."""
     return 4 * math.sqrt(steps) * unit_roundoff(dtype)
@@ -72,8 +82,8 @@ def walk_bound(steps: int, dtype: np.typing.DTypeLike) -> float:
 def path_bound(steps: int, magnitude: float, dtype: np.typing.DTypeLike, *, momentum: float = 0.0) -> float:
     """Return how far a parameter may be off after `steps` updates from given gradients (S6).
 
-    An update (decay, buffer, rate, subtraction; Adam's two moments and root) rounds numbers up to `magnitude` at most 16
-    times; momentum hands each rounding of the buffer on, 1 + mu + mu^2 + ... = 1 / (1 - mu) times.
+    An update (decay, buffer, rate, subtraction; Adam's two moments and root) rounds numbers up to `magnitude` at most
+    16 times; momentum hands each rounding of the buffer on, 1 + mu + mu^2 + ... = 1 / (1 - mu) times.
     """
     return 16 * steps * unit_roundoff(dtype) * magnitude / (1 - momentum)
 
@@ -86,7 +96,7 @@ def run_bound(leaves: Iterable[Leaf], batch_values: int, steps: int, dtype: np.t
     return steps * chain_bound(leaves, batch_values, dtype)
 
 
-# S12.5: a fault to plant, which the tolerance rule must see: 1e-4 of a leaf's largest value, 1,700 roundings of float32.
+# S12.5: a fault to plant, which the tolerance rule must see: 1e-4 of a leaf's largest value, 1,700 float32 roundings.
 PLANTED_FAULT = 1e-4
 
 

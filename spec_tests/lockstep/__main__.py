@@ -99,7 +99,7 @@ def table(results: dict[str, dict]) -> str:
                 f"`{report['recipe']}`",
                 mode,
                 f"{last['steps']:,}",
-                f"{max(epoch['weight_difference'] for epoch in report['epochs']):.1e}",
+                f"{max(epoch['weight_difference'] for epoch in report['epochs']):.1e}{_twin(last)}",
                 f"{min(epoch['equal_predictions'] for epoch in report['epochs']):.2%}",
                 f"{last['jax_accuracy']:.4f}, {last['torch_accuracy']:.4f}",
                 f"{forced['worst_ratio']:.1f} ({forced['flips']} flips)" if forced else "-",
@@ -107,6 +107,11 @@ def table(results: dict[str, dict]) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _twin(epoch: dict) -> str:
+    twin = epoch.get("twin_difference")
+    return "" if twin is None else f" (from itself, one last place away: {twin:.1e})"
 
 
 def _global_step(flip: dict, report: dict) -> int:
@@ -142,6 +147,8 @@ def _line(epoch: Epoch, recipe: Recipe) -> str:
         f"losses by {epoch.loss_difference:.2e}; {epoch.equal_predictions:.2%} equal predictions; accuracy "
         f"{epoch.jax_accuracy:.4f} (JAX) {epoch.torch_accuracy:.4f} (torch)"
     )
+    if epoch.twin_difference is not None:
+        line += f"; JAX from itself, one unit in the last place away at the start: {epoch.twin_difference:.2e}"
     if forced := epoch.forced:
         line += f"; {forced.steps:,} forced steps, worst error ratio {forced.worst_ratio:.2f} ({forced.worst_leaf})"
         line += f", {forced.flips} flips" + (f", the largest {forced.largest_flip:.1e}" if forced.flips else "")

@@ -54,21 +54,29 @@ class Pair:
 
 
 def by_epochs(pair: Pair) -> Iterator[Epoch]:
-    """Run both trainers, as users run them: JAX's compiled epochs against torch's loop. Nothing is handed over."""
-    sides = (
-        jax_impl.trainer.Trainer(pair.recipe, pair.raw, jax.devices("cpu")[0]),
-        torch_ref.trainer.Trainer(pair.recipe, pair.raw, torch.device("cpu")),
-    )
+    """Run both trainers, as users run them: JAX's compiled epochs against torch's loop. Nothing is handed over.
+
+    With Adam a twin runs along: JAX again, from weights one unit in the last place away (S9.4).
+    """
+    device = jax.devices("cpu")[0]
+    ours = jax_impl.trainer.Trainer(pair.recipe, pair.raw, device)
+    theirs = torch_ref.trainer.Trainer(pair.recipe, pair.raw, torch.device("cpu"))
+    twins = [jax_impl.trainer.Trainer(pair.recipe, pair.raw, device)] if pair.recipe.optimizer.name == "adam" else []
+    for twin in twins:
+        twin.load_state({name: np.nextafter(array, 2 * array) for name, array in twin.state().items()})
     scorers = JaxAdapter(pair.network), TorchAdapter(pair.network)
     fresh = scorers[0].opt_state()
     difference = 0.0
-    for ours, theirs in zip(*(side.events() for side in sides), strict=True):
-        if isinstance(ours, StepsDone):
-            difference = float(np.abs(ours.losses - theirs.losses).max())
+    for happened, *others in zip(*(side.events() for side in (ours, theirs, *twins)), strict=True):
+        if isinstance(happened, StepsDone):
+            difference = float(np.abs(happened.losses - others[0].losses).max())
             continue
-        for scorer, side in zip(scorers, sides, strict=True):
+        for scorer, side in zip(scorers, (ours, theirs), strict=True):
             scorer.load(side.state(), fresh)
-        yield _compared(pair, ours.epoch, ours.epoch * pair.counts.steps_per_epoch, difference, *scorers)
+        steps = happened.epoch * pair.counts.steps_per_epoch
+        compared = _compared(pair, happened.epoch, steps, difference, *scorers)
+        apart = [largest_difference(ours.state(), twin.state()) for twin in twins]
+        yield replace(compared, twin_difference=apart[0] if apart else None)
 
 
 class StepByStep:

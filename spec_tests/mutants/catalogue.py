@@ -55,6 +55,7 @@ LOSS_TESTS = "spec_tests/test_s04_loss.py"
 OPTIMIZER_TESTS = "spec_tests/test_s06_optimizer.py"
 NORM_TESTS = "spec_tests/test_s07_batchnorm_dropout.py"
 EPOCH_TESTS = "spec_tests/test_s09_epoch.py"
+TRAJECTORY_TESTS = "spec_tests/test_s09_trajectories.py"
 
 S1 = (
     Mutant(
@@ -823,7 +824,7 @@ S5 = (
         path=TORCH_MODELS,
         old="nn.Linear(sizes[-1], outputs, bias=model.bias)",
         new="nn.Linear(sizes[-1], outputs, bias=model.bias).requires_grad_(False)",
-        only="gets_a_gradient and torch",
+        only="gets_a_gradient and torch and binary",
     ),
     Mutant(
         name="jax-sigmoid-derivative",
@@ -1753,6 +1754,8 @@ S9 = (
         path=TORCH_CONVERT,
         old="torch.tensor(np.ascontiguousarray(array), dtype=parameter.dtype, device=parameter.device)",
         new="torch.from_numpy(np.asarray(array)).to(parameter.device, parameter.dtype)",
+        tests=(TRAJECTORY_TESTS,),
+        only="leaves_the_other_sides_arrays_alone",
     ),
     Mutant(
         name="torch-hands-out-its-buffers",
@@ -1761,6 +1764,8 @@ S9 = (
         path=TORCH_CONVERT,
         old='yield f"{kind}.{name}", tensor.detach().cpu().numpy().copy()',
         new='yield f"{kind}.{name}", tensor.detach().cpu().numpy()',
+        tests=(TRAJECTORY_TESTS,),
+        only="from_the_same_state and mlp128",
     ),
 )
 
