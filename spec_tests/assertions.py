@@ -45,19 +45,22 @@ def assert_error_ratio(ours: Arrays, theirs: Arrays, truth: Arrays, *, item: str
         assert ratio <= KAPPA, f"{item}: {name}: one side's error is {ratio:.3g} times the other's, allowed {KAPPA}"
 
 
-def error_ratios(ours: Arrays, theirs: Arrays, truth: Arrays, *, terms: int = 1) -> dict[str, float]:
+def error_ratios(
+    ours: Arrays, theirs: Arrays, truth: Arrays, *, terms: int = 1, dtype: np.typing.DTypeLike = np.float32
+) -> dict[str, float]:
     """Return, by leaf, the larger side's error against `truth` over the other side's (S12.5).
 
-    An error counts as at least sqrt(m) u times the layer's largest value: what independent roundings of a float32 sum
-    of m `terms` come to, so that a side which sums pairwise does not put one in the wrong that sums in order.
+    An error counts as at least sqrt(m) u times the layer's largest value: what independent roundings of a sum of m
+    `terms` come to in `dtype`, so that a side which sums pairwise does not put one in the wrong that sums in order.
     """
     for side in (ours, theirs):
         _same_names(side, truth, "error ratio")
     ratios = {}
     for name, wanted in truth.items():
-        floor = math.sqrt(terms) * unit_roundoff(np.float32) * layer_scale(truth, name)
+        floor = math.sqrt(terms) * unit_roundoff(dtype) * layer_scale(truth, name)
         errors = [float(np.abs(np.asarray(side[name], np.float64) - wanted).max(initial=0)) for side in (ours, theirs)]
-        ratios[name] = max(errors) / max(min(errors), floor) if max(errors) else 0.0
+        allowance = max(min(errors), floor)
+        ratios[name] = max(errors) / allowance if allowance else math.inf if max(errors) else 0.0
     return ratios
 
 

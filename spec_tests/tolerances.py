@@ -24,14 +24,17 @@ KAPPA = 8
 # (the sign of a pre-activation) that flips would show as 1e-8 or more, and so would any difference of formula.
 FREE_RUN_FLOAT64 = 1e-12
 # torch's BatchNorm kernel sums its 128 * 784 values one after another, in float64 too, and is 6e-13 off the oracle at
-# every step where JAX is 2e-16 off. One such sum may be n u off, and a free run of that recipe adds them up.
+# every step where JAX is 2e-16 off (measured 2026-11-22). The bound is n u, the most that one such sum may be off.
 BATCHNORM_RUN_FLOAT64 = 128 * 784 * 2.0**-53  # 1.1e-11
-# The CNN divides by batch deviations, which amplifies a rounding at each of its five BatchNorms.
+# The same sums, of 64 * 784 values, at each of the CNN's five BatchNorms, which divide by deviations below 1: 5 n u =
+# 2.8e-11 for one step if all were one way. 7.3e-13 was measured after 300 steps (2026-11-22).
 CNN_FEW_STEPS = 300
 CNN_FEW_STEPS_FLOAT64 = 1e-11
 CNN_RUN_FLOAT64 = 1e-9
+# A bound that comes from how far one side is from itself says nothing once it is over this.
+TWIN_CEILING_FLOAT64 = 1e-9
 # The same count in float32, u = 6e-8: sqrt(2,415) u = 2.9e-6 for weights of size 1; those of the sigmoid recipe are
-# 0.3 at most. Smooth: no gate can flip in its first layer, and few of its 8 relu units ever come near 0.
+# 0.3 at most. Its first layer is smooth; its second has 8 relu units, of which none was seen to flip.
 SMOOTH_RUN_FLOAT32 = 1e-6
 
 # Central differences with step h: the cubic term gives h^2, the rounding of the loss u / h.

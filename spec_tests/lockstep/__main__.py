@@ -15,7 +15,7 @@ from spec import recipe as recipes
 from spec.errors import UserError, run_program
 from spec.files import write_atomic
 from spec.recipe import Recipe
-from spec_tests.lockstep.report import Epoch, broken_bounds
+from spec_tests.lockstep.report import Epoch, judge
 
 RESULTS = Path("results") / "lockstep.json"
 console = Console(highlight=False, soft_wrap=True)
@@ -35,27 +35,30 @@ def main() -> None:
     start = time.perf_counter()
     steps = None
     if shared or arguments.steps or recipe.model.dropout or not double:
-        steps = StepByStep(pair, share_gates=shared, watch=not double and not shared)
+        watch = not shared and (not double or recipe.optimizer.name == "adam")
+        steps = StepByStep(pair, share_gates=shared, watch=watch)
     epochs = []
     for epoch in steps.epochs(max_steps=arguments.steps) if steps else by_epochs(pair):
         epochs.append(epoch)
         console.print(_line(epoch, recipe), markup=False)
     flip = steps.first_flip if steps else None
-    broken = broken_bounds(recipe, epochs, share_gates=shared)
+    verdict = judge(recipe, epochs, share_gates=shared)
     report = {
         "recipe": recipe.name,
         "precision": recipe.precision,
         "share_gates": shared,
+        "max_steps": arguments.steps,
+        "max_epochs": arguments.epochs,
         "epochs": [dataclasses.asdict(epoch) for epoch in epochs],
         "first_flip": dataclasses.asdict(flip) if flip else None,
-        "broken": broken,
+        **dataclasses.asdict(verdict),
         "seconds": time.perf_counter() - start,
         "date": time.strftime("%Y-%m-%d"),
         "backends": backends(),
     }
     _print_end(report)
     _write(report, arguments)
-    if broken:
+    if verdict.broken:
         sys.exit(1)
 
 
@@ -81,7 +84,7 @@ def key(report: dict) -> str:
     """Return the name under which a report is kept: recipe, precision, and what was shared or cut short."""
     parts = [report["recipe"], report["precision"]]
     parts += ["shared gates"] if report["share_gates"] else []
-    parts += [f"{report['max_steps']} steps"] if report.get("max_steps") else []
+    parts += [f"{report[f'max_{what}']} {what}" for what in ("epochs", "steps") if report[f"max_{what}"]]
     return ", ".join(parts)
 
 
@@ -98,7 +101,7 @@ def table(results: dict[str, dict]) -> str:
             [
                 f"`{report['recipe']}`",
                 mode,
-                f"{last['steps']:,}",
+                f"{last['steps']:,}" + (" of it" if report["max_steps"] or report["max_epochs"] else ""),
                 f"{max(epoch['weight_difference'] for epoch in report['epochs']):.1e}{_twin(last)}",
                 f"{min(epoch['equal_predictions'] for epoch in report['epochs']):.2%}",
                 f"{last['jax_accuracy']:.4f}, {last['torch_accuracy']:.4f}",
@@ -163,22 +166,26 @@ def _print_end(report: dict) -> None:
             f"{flip['torch']:+.3e} in torch",
             markup=False,
         )
-    for line in report["broken"]:
-        console.print(f"broken: {line}", markup=False)
-    console.print(f"{'not in step' if report['broken'] else 'in step'}, {report['seconds']:.0f} s")
+    for what in ("held", "broken"):
+        for line in report[what]:
+            console.print(f"{what}: {line}", markup=False)
+    outcome = "not in step" if report["broken"] else "in step" if report["held"] else "no bound applies to such a run"
+    console.print(f"{outcome}, {report['seconds']:.0f} s")
 
 
 def _write(report: dict, arguments: argparse.Namespace) -> None:
-    report |= {"max_steps": arguments.steps, "max_epochs": arguments.epochs}
     if arguments.json:
-        try:
-            write_atomic(arguments.json, (json.dumps(report, indent=1) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"--json {arguments.json} cannot be written: {error}; name another file") from None
+        _write_json(arguments.json, report, flag="--json")
     if arguments.keep:
-        RESULTS.parent.mkdir(exist_ok=True)
-        results = load_results() | {key(report): report}
-        write_atomic(RESULTS, (json.dumps(dict(sorted(results.items())), indent=1) + "\n").encode())
+        _write_json(RESULTS, dict(sorted((load_results() | {key(report): report}).items())), flag="--keep")
+
+
+def _write_json(path: Path, content: dict, *, flag: str) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be written: {error}; name another place") from None
 
 
 if __name__ == "__main__":

@@ -60,40 +60,75 @@ class Epoch:
     forced: Forced | None = None
 
 
-def broken_bounds(recipe: Recipe, epochs: list[Epoch], *, share_gates: bool) -> list[str]:
-    """Return what the specification promises of such a run and these epochs do not keep, a line each."""
-    broken = []
-    bound = weight_bound(recipe, epochs[-1].steps, share_gates=share_gates)
-    for epoch in epochs:
-        if bound is not None and not epoch.weight_difference <= bound:
-            broken.append(f"epoch {epoch.epoch}: weights differ by {epoch.weight_difference:.3g}, allowed {bound:g}")
-        if bound is not None and epoch.equal_predictions < 1:
-            broken.append(f"epoch {epoch.epoch}: {epoch.equal_predictions:.2%} equal predictions, wanted all")
-        if epoch.twin_difference is not None and not epoch.weight_difference <= (
-            allowed := tolerances.twin_bound(epoch.steps, epoch.twin_difference)
-        ):
-            broken.append(
-                f"epoch {epoch.epoch}: weights differ by {epoch.weight_difference:.3g}, allowed {allowed:.3g}"
-            )
-    forced = epochs[-1].forced
-    if forced and not forced.worst_ratio <= tolerances.KAPPA:
-        broken.append(
-            f"a forced step's {forced.worst_leaf} has {forced.worst_ratio:.3g} times the other side's error, "
-            f"allowed {tolerances.KAPPA}"
-        )
-    if forced and not forced.worst_flip <= 1:
-        broken.append(f"a decision flipped {forced.worst_flip:.3g} times as far from undecided as rounding explains")
-    return broken
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the specification promises of a run: what was `held` against it, and what is `broken`, a line each."""
+
+    held: list[str]
+    broken: list[str]
+
+
+def judge(recipe: Recipe, epochs: list[Epoch], *, share_gates: bool) -> Verdict:
+    """Return what these epochs of `recipe` were held against, and what they do not keep."""
+    verdict = Verdict(held=[], broken=[])
+    _judge_free_run(verdict, weight_bound(recipe, epochs[-1].steps, share_gates=share_gates), epochs)
+    _judge_against_twin(verdict, epochs)
+    if forced := epochs[-1].forced:
+        _judge_forced_steps(verdict, forced)
+    return verdict
 
 
 def weight_bound(recipe: Recipe, steps: int, *, share_gates: bool) -> float | None:
     """Return how far the weights of a free run may part; None where rounding may part them by any amount (S9)."""
+    model, double = recipe.model, recipe.precision == "float64"
     if recipe.optimizer.name == "adam":
         return None
-    if recipe.precision == "float64":
-        if recipe.model.name == "cnn":
-            few = steps <= tolerances.CNN_FEW_STEPS
-            return tolerances.CNN_FEW_STEPS_FLOAT64 if few else tolerances.CNN_RUN_FLOAT64
-        return tolerances.BATCHNORM_RUN_FLOAT64 if recipe.model.input_batchnorm else tolerances.FREE_RUN_FLOAT64
-    smooth = recipe.model.name == "mlp" and "relu" not in recipe.model.activations[:1]
-    return tolerances.SMOOTH_RUN_FLOAT32 if smooth and not share_gates else None
+    if model.name == "cnn":
+        few = steps <= tolerances.CNN_FEW_STEPS
+        return (tolerances.CNN_FEW_STEPS_FLOAT64 if few else tolerances.CNN_RUN_FLOAT64) if double else None
+    if double:
+        return tolerances.BATCHNORM_RUN_FLOAT64 if model.input_batchnorm else tolerances.FREE_RUN_FLOAT64
+    if share_gates or "relu" not in model.activations:
+        return tolerances.walk_bound(steps, "float32")
+    return tolerances.SMOOTH_RUN_FLOAT32 if "relu" not in model.activations[:1] else None
+
+
+def _judge_free_run(verdict: Verdict, bound: float | None, epochs: list[Epoch]) -> None:
+    if bound is None:
+        return
+    verdict.held.append(f"weights within {bound:.2g} and all predictions equal at every epoch")
+    for epoch in epochs:
+        if not epoch.weight_difference <= bound:
+            verdict.broken.append(
+                f"epoch {epoch.epoch}: weights differ by {epoch.weight_difference:.3g}, allowed {bound:.3g}"
+            )
+        if epoch.equal_predictions != 1:
+            verdict.broken.append(f"epoch {epoch.epoch}: {epoch.equal_predictions:.2%} equal predictions, wanted all")
+
+
+def _judge_against_twin(verdict: Verdict, epochs: list[Epoch]) -> None:
+    """Hold the epochs against the twin as long as that says anything: up to a bound of `TWIN_CEILING_FLOAT64`."""
+    for epoch in epochs:
+        if epoch.twin_difference is None:
+            return
+        bound = tolerances.twin_bound(epoch.steps, epoch.twin_difference)
+        if not bound <= tolerances.TWIN_CEILING_FLOAT64:
+            return
+        verdict.held.append(f"epoch {epoch.epoch}: weights within {bound:.2g}, by what one side is from itself")
+        if not epoch.weight_difference <= bound:
+            verdict.broken.append(
+                f"epoch {epoch.epoch}: weights differ by {epoch.weight_difference:.3g}, allowed {bound:.3g}"
+            )
+
+
+def _judge_forced_steps(verdict: Verdict, forced: Forced) -> None:
+    verdict.held.append(f"{forced.steps:,} steps from the same state, each leaf by the rule of S12.5")
+    if not forced.worst_ratio <= tolerances.KAPPA:
+        verdict.broken.append(
+            f"a forced step's {forced.worst_leaf} has {forced.worst_ratio:.3g} times the other side's error, "
+            f"allowed {tolerances.KAPPA}"
+        )
+    if not forced.worst_flip <= 1:
+        verdict.broken.append(
+            f"a decision flipped {forced.worst_flip:.3g} times as far from undecided as rounding explains"
+        )

@@ -15,13 +15,12 @@ from spec import datasets, params
 from spec.batches import Counts, count, epoch_order
 from spec.datasets import Dataset, Split
 from spec.history import StepsDone
+from spec.oracle.layers import BATCHNORM_EPSILON
 from spec.recipe import Recipe
 from spec_tests.adapters import Adapter, Arrays, JaxAdapter, Network, OracleAdapter, TorchAdapter
 from spec_tests.assertions import error_ratios, largest_difference
 from spec_tests.lockstep.report import Epoch, Flip, Forced
 from spec_tests.tolerances import flip_bound
-
-BATCHNORM_EPSILON = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +115,7 @@ class StepByStep:
         theirs, _ = self.leader.step(images, labels)
         decisions = self.leader.last_decisions
         handed = decisions if self.share_gates else _masks(decisions)
-        if self.forcing and self.first_flip is None:
+        if self.forcing and self.first_flip is None and not self.share_gates:
             own = self.follower.forward(images, train=True, decisions=handed)
             if flips := list(differing(own.decisions, decisions)):
                 self.first_flip = self._name(flips[0], epoch, step, batch, own.activations, before)
@@ -157,9 +156,14 @@ class Forcing:
         self.follower.step(images, labels, decisions=decisions if flips else _masks(decisions))
         self.truth.load(state, opt_state)
         self.truth.step(images, labels, decisions=decisions)
-        ours, truth = (_both(side.state(), side.opt_state()) for side in (self.follower, self.truth))
+        sides = (
+            (self.follower.state(), self.follower.opt_state()),
+            after,
+            (self.truth.state(), self.truth.opt_state()),
+        )
+        ours, theirs, truth = (self._results(state, *side) for side in sides)
         terms = self.pair.network.longest_sum(len(labels))
-        ratios = error_ratios(ours, _both(*after), truth, terms=terms)
+        ratios = error_ratios(ours, theirs, truth, terms=terms, dtype=self.pair.recipe.precision)
         leaf = max(ratios, key=ratios.get)
         layers = {layer for layer, _ in flips}
         bounds = {layer: flip_bound(terms, deciding_scale(own.activations, layer)) for layer in layers}
@@ -174,6 +178,15 @@ class Forcing:
                 [self.report.worst_flip, *(size / bounds[layer] for size, (layer, _) in zip(sizes, flips, strict=True))]
             ),
         )
+
+    def _results(self, before: Arrays, state: Arrays, opt_state: Arrays) -> Arrays:
+        """Return all that a step made: the state, the buffers, and what was added to each trained leaf.
+
+        The addition is the gradient times the rate where there is no momentum: a leaf's size would hide its errors.
+        """
+        buffers = {name: array for name, array in opt_state.items() if name != "step"}
+        added = {f"update.{name}": state[name].astype(np.float64) - before[name] for name in self.pair.network.trained}
+        return state | buffers | added
 
 
 def differing(ours: Arrays, theirs: Arrays) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -221,10 +234,6 @@ def _input(activations: Arrays, layer: str) -> np.ndarray:
 
 def _masks(decisions: Arrays) -> Arrays:
     return {name: array for name, array in decisions.items() if name.startswith("dropout")}
-
-
-def _both(state: Arrays, opt_state: Arrays) -> Arrays:
-    return state | {name: array for name, array in opt_state.items() if name != "step"}
 
 
 def _compared(pair: Pair, epoch: int, steps: int, loss_difference: float, ours: Adapter, theirs: Adapter) -> Epoch:

@@ -1777,7 +1777,8 @@ S12 = (
         path=JAX_TRAINER,
         old="stored = jnp.promote_types(dtype, jnp.float32)",
         new="stored = jnp.float32",
-        only="last_digit and jax",
+        tests=(EPOCH_TESTS,),
+        only="two_precisions",
     ),
     Mutant(
         name="torch-state-float32",
