@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -47,6 +48,15 @@ def run_program(program: Callable[[], None]) -> NoReturn:
         sys.exit(0)
     sys.stderr.flush()
     os._exit(status)
+
+
+def require(package: str, *, extra: str) -> None:
+    """Raise UserError unless `package` is installed, naming the extra that brings it."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{package} is not installed; `{python_command()} -m pip install -c constraints/main.txt -e '.[{extra}]'` "
+            "installs it, in the checkout"
+        )
 
 
 def python_command() -> str:

@@ -91,8 +91,8 @@ def optimizer_shapes(listed: Iterable[Leaf], optimizer: Optimizer) -> dict[str, 
     return {"step": (), **buffers}
 
 
-def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, what: str) -> None:
-    """Raise StateError, listing every mismatch, unless `found` has exactly these names and shapes, all finite."""
+def mismatches(found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return what keeps `found` from having exactly these names and shapes, all numbers finite; a line each."""
     mistakes = [f"{name} is missing; it has shape {list(shape)}" for name, shape in shapes.items() if name not in found]
     for name, value in found.items():
         array = np.asarray(value)
@@ -104,6 +104,27 @@ def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int
             mistakes.append(f"{name} holds {array.dtype}; it must hold numbers")
         elif bad := int(np.count_nonzero(~np.isfinite(array))):
             mistakes.append(f"{name} holds {bad} of {array.size} numbers that are not finite")
+    return mistakes
+
+
+def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, what: str) -> None:
+    """Raise StateError, listing every mismatch, unless `found` has exactly these names and shapes, all finite."""
+    _refuse(mismatches(found, shapes), what)
+
+
+def check_states(
+    state: Mapping[str, np.ndarray], opt_state: Mapping[str, np.ndarray], listed: Iterable[Leaf], optimizer: Optimizer
+) -> None:
+    """Raise StateError, listing every mismatch of both, unless they are a network's and its optimiser's states."""
+    listed = tuple(listed)
+    mistakes = mismatches(state, state_shapes(listed)) + mismatches(opt_state, optimizer_shapes(listed, optimizer))
+    step = np.asarray(opt_state.get("step", 0))
+    if step.shape == () and not (step >= 0 and step == step // 1):
+        mistakes.append(f"step is {step}; it counts updates, so it must be a whole number, 0 or more")
+    _refuse(mistakes, "the state, or the optimiser's,")
+
+
+def _refuse(mistakes: list[str], what: str) -> None:
     if mistakes:
         raise StateError(f"{what} does not fit:\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
 

@@ -365,9 +365,7 @@ ADAPTERS: dict[str, Callable[[Network], Adapter]] = {
 
 
 def _check(network: Network, state: Mapping[str, np.ndarray], opt_state: Mapping[str, np.ndarray]) -> None:
-    params.check_arrays(state, params.state_shapes(network.leaves), what="the state")
-    shapes = params.optimizer_shapes(network.leaves, network.recipe.optimizer)
-    params.check_arrays(opt_state, shapes, what="the optimiser's state")
+    params.check_states(state, opt_state, network.leaves, network.recipe.optimizer)
 
 
 def _flat_norm0(activations: Arrays) -> Arrays:

@@ -259,6 +259,11 @@ def test_torch_has_no_tpu(trainer_command, tmp_path):
     [
         ("jax", jax_impl.trainer, jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99.\nmore")),
         ("torch", torch_ref.trainer, torch.OutOfMemoryError("RESOURCE_EXHAUSTED: Out of memory allocating 99.")),
+        (
+            "torch",
+            torch_ref.trainer,
+            RuntimeError("DefaultCPUAllocator RESOURCE_EXHAUSTED: Out of memory allocating 99."),
+        ),
     ],
 )
 def test_too_little_memory_on_the_device_is_a_short_error(
@@ -271,7 +276,8 @@ def test_too_little_memory_on_the_device_is_a_short_error(
     monkeypatch.setattr(module, "IMPLEMENTATION", changed)
     ended = trainer_command("--recipe", "digits", "--out", tmp_path / "run", framework=framework)
     assert ended.status == 2
-    assert "too little memory: RESOURCE_EXHAUSTED: Out of memory allocating 99.; use a smaller" in ended.err
+    assert "the device has too little memory: " in ended.err
+    assert "RESOURCE_EXHAUSTED: Out of memory allocating 99.; use a smaller" in ended.err
     assert not (tmp_path / "run").exists()
 
 
@@ -400,6 +406,14 @@ def test_fields_are_changed_by_their_paths_and_short_names(trainer_command):
     assert 'name = "adam"' in ended.out
     assert "learning_rate = 0.001" in ended.out
     assert "\nmomentum" not in ended.out
+
+
+def test_a_reference_without_torch_says_what_to_install(trainer_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ended = trainer_command("--recipe", "digits", "--out", tmp_path / "run", framework="torch")
+    assert ended.status == 2
+    assert "torch is not installed" in ended.err
+    assert ".[torch]" in ended.err
 
 
 @pytest.mark.parametrize("package", ["jax_impl", "torch_ref"])

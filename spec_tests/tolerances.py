@@ -111,3 +111,7 @@ DEVIATIONS = 5
 def formula_bound(magnitude: float, dtype: np.typing.DTypeLike) -> float:
     """Return 64 u `magnitude`: a formula of some tens of operations, each right to u of the largest value met."""
     return 64 * unit_roundoff(dtype) * magnitude
+
+
+# A mean or a quotient of a few numbers in float64, each operation right to u, as a relative error.
+ROUNDED_MEAN = 1e-12

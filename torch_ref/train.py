@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from spec import command_line
-from spec.errors import run_program
+from spec.errors import require, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif flags.print_config:
         command_line.print_recipe(flags.config)
     else:
+        require("torch", extra="torch")
         from spec.program import run
         from torch_ref.trainer import IMPLEMENTATION
 

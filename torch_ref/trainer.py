@@ -70,7 +70,7 @@ class Trainer:
     def _run_epoch(self, epoch: int, steps_per_report: int) -> Iterator[StepsDone]:
         order = epoch_order(self.recipe.seed, epoch, self.counts.num_examples)
         start, metrics = 0, []
-        for step, (images, labels) in enumerate(data.batches(self.train_split, self.counts, order), start=1):
+        for step, (images, labels) in enumerate(data.batches(self.train_split, self.counts, order)):
             self._seed_dropout(epoch, step)
             with self._autocast():
                 metrics.append(
@@ -82,10 +82,10 @@ class Trainer:
                         self.recipe.loss,
                     )
                 )
-            if len(metrics) == steps_per_report or step == self.counts.steps_per_epoch:
+            if len(metrics) == steps_per_report or step + 1 == self.counts.steps_per_epoch:
                 losses, num_correct = (np.array(column) for column in zip(*metrics, strict=True))
-                yield StepsDone(epoch=epoch, start=start, stop=step, losses=losses, num_correct=num_correct)
-                start, metrics = step, []
+                yield StepsDone(epoch=epoch, start=start, stop=step + 1, losses=losses, num_correct=num_correct)
+                start, metrics = step + 1, []
 
     def _seed_dropout(self, epoch: int, step: int) -> None:
         """Give every step masks of its own that depend on (seed, epoch, step) alone."""
@@ -117,8 +117,12 @@ def memory_explained() -> Iterator[None]:
     """Turn the device's refusal of memory into a UserError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the device has too little memory: {error}; use a smaller --batch-size or network") from None
+    except RuntimeError as error:
+        # On a GPU torch.OutOfMemoryError, which is one; on the CPU nothing but the allocator's name tells.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device has too little memory: {reason}; use a smaller --batch-size or network") from None
 
 
 IMPLEMENTATION = Implementation(

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from spec import recipe as recipes
-from spec.errors import UserError, run_program
+from spec.errors import UserError, require, run_program
 from spec.files import write_atomic
 from spec.recipe import Recipe
 from spec_tests.lockstep.report import Epoch, judge
@@ -25,6 +25,7 @@ def main() -> None:
     """Run the command line; exit with 1 when a bound of the specification is broken."""
     arguments = _parser().parse_args()
     recipe = _recipe(arguments)
+    require("torch", extra="torch")
     from spec import datasets
     from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs
 
