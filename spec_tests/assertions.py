@@ -46,18 +46,26 @@ def assert_error_ratio(ours: Arrays, theirs: Arrays, truth: Arrays, *, item: str
 
 
 def error_ratios(
-    ours: Arrays, theirs: Arrays, truth: Arrays, *, terms: int = 1, dtype: np.typing.DTypeLike = np.float32
+    ours: Arrays,
+    theirs: Arrays,
+    truth: Arrays,
+    *,
+    terms: int = 1,
+    dtype: np.typing.DTypeLike = np.float32,
+    magnitudes: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Return, by leaf, the larger side's error against `truth` over the other side's (S12.5).
 
     An error counts as at least sqrt(m) u times the layer's largest value: what independent roundings of a sum of m
     `terms` come to in `dtype`, so that a side which sums pairwise does not put one in the wrong that sums in order.
+    `magnitudes` takes the place of the layer's largest value for a leaf whose sum cancels: sum |a_i b_i| of S12.4.
     """
     for side in (ours, theirs):
         _same_names(side, truth, "error ratio")
     ratios = {}
     for name, wanted in truth.items():
-        floor = math.sqrt(terms) * unit_roundoff(dtype) * layer_scale(truth, name)
+        scale = max(layer_scale(truth, name), (magnitudes or {}).get(name, 0.0))
+        floor = math.sqrt(terms) * unit_roundoff(dtype) * scale
         errors = [float(np.abs(np.asarray(side[name], np.float64) - wanted).max(initial=0)) for side in (ours, theirs)]
         allowance = max(min(errors), floor)
         ratios[name] = max(errors) / allowance if allowance else math.inf if max(errors) else 0.0

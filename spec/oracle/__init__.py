@@ -4,7 +4,7 @@ from spec.oracle.closed_forms import softmax_regression_gradients, two_layer_bin
 from spec.oracle.functions import sigmoid, softmax
 from spec.oracle.losses import example_losses, loss_gradient, predictions
 from spec.oracle.metrics import accuracy, weighted_mean
-from spec.oracle.network import Forward, backward, forward, gradients, layer_names
+from spec.oracle.network import Forward, backward, forward, gradients, layer_names, output_gradients
 from spec.oracle.optimizers import initial_opt_state, learning_rate, update
 from spec.oracle.training import train_step
 
@@ -19,6 +19,7 @@ __all__ = [
     "layer_names",
     "learning_rate",
     "loss_gradient",
+    "output_gradients",
     "predictions",
     "sigmoid",
     "softmax",

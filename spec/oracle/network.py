@@ -89,6 +89,19 @@ def backward(passed: Forward, logits_grad: np.ndarray) -> dict[str, np.ndarray]:
     return grads
 
 
+def output_gradients(passed: Forward, logits_grad: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the gradient by the output of every layer, in the shape of its activation.
+
+    A bias's gradient is its sum over the batch and the pixels; the sum of its absolute values says how much cancels.
+    """
+    grads: dict[str, np.ndarray] = {}
+    grad = logits_grad
+    for name, back in reversed(passed.tape):
+        grads[name] = grad
+        grad, _ = back(grad)
+    return grads
+
+
 def gradients(
     model: Model,
     loss: Loss,

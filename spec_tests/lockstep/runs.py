@@ -11,7 +11,7 @@ import torch
 
 import jax_impl.trainer
 import torch_ref.trainer
-from spec import datasets, params
+from spec import datasets, oracle, params
 from spec.batches import Counts, count, epoch_order
 from spec.datasets import Dataset, Split
 from spec.history import StepsDone
@@ -163,7 +163,9 @@ class Forcing:
         )
         ours, theirs, truth = (self._results(state, *side) for side in sides)
         terms = self.pair.network.longest_sum(len(labels))
-        ratios = error_ratios(ours, theirs, truth, terms=terms, dtype=self.pair.recipe.precision)
+        magnitudes = self._bias_magnitudes(images, labels, decisions, state, int(opt_state["step"]))
+        precision = self.pair.recipe.precision
+        ratios = error_ratios(ours, theirs, truth, terms=terms, dtype=precision, magnitudes=magnitudes)
         leaf = max(ratios, key=ratios.get)
         layers = {layer for layer, _ in flips}
         bounds = {layer: flip_bound(terms, deciding_scale(own.activations, layer)) for layer in layers}
@@ -178,6 +180,24 @@ class Forcing:
                 [self.report.worst_flip, *(size / bounds[layer] for size, (layer, _) in zip(sizes, flips, strict=True))]
             ),
         )
+
+    def _bias_magnitudes(self, images, labels, decisions: Arrays, state: Arrays, step: int) -> dict[str, float]:
+        """Return sum |g| of every bias of a network with BatchNorm, where the sum itself nearly cancels (S5.4)."""
+        recipe, network = self.pair.recipe, self.pair.network
+        if not any(leaf.role == "scale" for leaf in network.leaves):
+            return {}
+        passed = oracle.forward(recipe.model, state, images, train=True, decisions=decisions)
+        grads = oracle.output_gradients(passed, oracle.loss_gradient(passed.logits, labels, recipe.loss))
+        rate = oracle.learning_rate(recipe, step // network.steps_per_epoch + 1)
+        magnitudes = {}
+        for leaf in network.leaves:
+            layer, _, kind = leaf.name.partition(".")
+            if kind == "bias":
+                size = np.abs(grads[layer])
+                sums = size.sum() if leaf.shape == (1,) else size.sum(axis=(0, *range(2, size.ndim)))
+                magnitudes[f"update.{leaf.name}"] = rate * float(np.max(sums))
+                magnitudes[f"momentum_buffer.{leaf.name}"] = float(np.max(sums))
+        return magnitudes
 
     def _results(self, before: Arrays, state: Arrays, opt_state: Arrays) -> Arrays:
         """Return all that a step made: the state, the buffers, and what was added to each trained leaf.

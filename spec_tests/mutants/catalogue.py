@@ -1823,6 +1823,7 @@ S12 = (
         path=JAX_STEP,
         old="return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))",
         new="return logits",
+        only="bfloat16_run_multiplies and jax",
     ),
     Mutant(
         name="jax-default-products",
