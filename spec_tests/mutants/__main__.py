@@ -20,7 +20,9 @@ from spec_tests.mutants.catalogue import MUTANTS, Mutant
 from spec_tests.mutants.runner import Outcome, Selection, run_baseline, run_mutants
 
 ROOT = Path(__file__).parents[2]
+RESULTS = Path("results") / "mutants.json"
 VERSIONS = ("pytest", "numpy", "jax", "jaxlib", "flax", "optax", "torch")
+PLANTED = ("jax_impl", "torch_ref", "spec")
 WIDTH = 180  # of the table where no terminal says how wide it is
 COLOURS = {"killed": "green", "survived": "red", "crashed": "yellow"}
 
@@ -30,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(arguments)
     if flags.jobs < 1:
         raise UserError(f"--jobs {flags.jobs}: must be 1 or more")
+    if flags.json and not flags.json.absolute().parent.is_dir():
+        raise UserError(f"--json {flags.json}: its directory does not exist; make it first")
     chosen = choose(MUTANTS, names=flags.only, clause=flags.clause)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
     start = time.perf_counter()
@@ -38,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     outcomes = run_matrix(chosen, flags.jobs, console)
     show(outcomes, console)
-    if flags.json:
-        write_atomic(flags.json, (json.dumps(kept(outcomes, time.perf_counter() - start), indent=1) + "\n").encode())
+    for path in filter(None, (flags.json, ROOT / RESULTS if flags.keep else None)):
+        _write(path, kept(outcomes, time.perf_counter() - start))
     killed = sum(outcome.result == "killed" for outcome in outcomes.values())
     console.print(f"killed {killed} of {len(outcomes)}")
     sys.exit(0 if killed == len(outcomes) else 1)
@@ -124,12 +128,37 @@ def kept(outcomes: Mapping[Mutant, Outcome], seconds: float) -> dict:
     }
 
 
+def load_results(root: Path = Path()) -> dict:
+    """Return the kept matrix, or an empty dict."""
+    return json.loads((root / RESULTS).read_text()) if (root / RESULTS).exists() else {}
+
+
+def table(results: Mapping) -> str:
+    """Return the kept matrix as a Markdown table: mutants by clause and by where they are planted, and those killed."""
+    rows = [["clause", "in jax_impl", "in torch_ref", "in spec", "killed"], ["---"] * 5]
+    clauses = list(dict.fromkeys(mutant["clause"] for mutant in results.get("mutants", ())))
+    for clause in [*clauses, "all"]:
+        planted = [mutant for mutant in results.get("mutants", ()) if clause in ("all", mutant["clause"])]
+        where = [sum(mutant["file"].startswith(f"{package}/") for mutant in planted) for package in PLANTED]
+        killed = sum(mutant["result"] == "killed" for mutant in planted)
+        rows.append([clause, *map(str, where), f"{killed} of {len(planted)}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _write(path: Path, content: Mapping) -> None:
+    try:
+        write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; name another file with --json") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m spec_tests.mutants", description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone")
     parser.add_argument("--clause", help="the mutants of one clause of spec/SPEC.md: S6, say")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, each in a copy of its own (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the matrix in this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the matrix to this file")
+    parser.add_argument("--keep", action="store_true", help=f"keep the matrix in {RESULTS}")
     return parser
 
 

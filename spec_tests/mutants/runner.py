@@ -24,6 +24,9 @@ from spec_tests.mutants.catalogue import Mutant
 PACKAGES = ("spec", "jax_impl", "torch_ref", "spec_tests")
 LIMIT_SECONDS = 900  # a test run that takes longer hangs
 
+# A test that ends so has found no wrong figure: the mutant does not run.
+CRASHES = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "AttributeError", "UnboundLocalError")
+
 Result = Literal["killed", "survived", "crashed"]
 Task = TypeVar("Task", Mutant, "Selection")
 
@@ -211,9 +214,10 @@ def _first_failure(report: Path) -> tuple[str, str] | None:
 def _outcome(status: int, said: str, failed: tuple[str, str] | None, seconds: float) -> Outcome:
     if status == 0:
         return Outcome(result="survived", killer="", message="", seconds=seconds)
-    if status == 1 and failed:
+    if status == 1 and failed and failed[1].split(":")[0] not in CRASHES:
         return Outcome(result="killed", killer=failed[0], message=failed[1], seconds=seconds)
-    return Outcome(result="crashed", killer="", message=f"exit status {status}: {said}", seconds=seconds)
+    message = f"{failed[0]}: {failed[1]}" if failed else f"exit status {status}: {said}"
+    return Outcome(result="crashed", killer="", message=message, seconds=seconds)
 
 
 def _last_line(text: str) -> str:
