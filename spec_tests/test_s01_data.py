@@ -591,3 +591,13 @@ def test_flags_for_idx_files_are_refused_for_tables(tmp_path):
         datasets.load(data, data_dir=tmp_path)
     with pytest.raises(DataError, match="--data-source tfds is for fashion_mnist and mnist"):
         datasets.load(data, data_source="tfds")
+
+
+def test_labels_of_200_classes_reach_both_sides_unchanged():
+    labels = np.arange(200)
+    data = dataclasses.replace(recipe.load("map-style").data, test_fraction=0.0)
+    held = tables.held_out("wide", np.ones((200, 3)), labels, tuple(map(str, range(200))), data)
+    assert np.array_equal(held.train.labels, labels)
+    preprocessing = recipe.load("mlp128").preprocessing
+    (tensors,) = torch_ref.data.preprocess(held, preprocessing, dtype=torch.float32)
+    assert np.array_equal(tensors.tensors[1].numpy(), labels)

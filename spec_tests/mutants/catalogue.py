@@ -824,7 +824,8 @@ S5 = (
         path=TORCH_MODELS,
         old="nn.Linear(sizes[-1], outputs, bias=model.bias)",
         new="nn.Linear(sizes[-1], outputs, bias=model.bias).requires_grad_(False)",
-        only="gets_a_gradient and torch and binary",
+        tests=(MODEL_TESTS,),
+        only="torchs_network_has_exactly",
     ),
     Mutant(
         name="jax-sigmoid-derivative",
