@@ -137,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: its directory does not exist; make it first")
     for name in ("epochs", "steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -178,12 +180,12 @@ def _write(report: dict, arguments: argparse.Namespace) -> None:
     if arguments.json:
         _write_json(arguments.json, report, flag="--json")
     if arguments.keep:
+        RESULTS.parent.mkdir(exist_ok=True)
         _write_json(RESULTS, dict(sorted((load_results() | {key(report): report}).items())), flag="--keep")
 
 
 def _write_json(path: Path, content: dict, *, flag: str) -> None:
     try:
-        path.parent.mkdir(exist_ok=True)
         write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be written: {error}; name another place") from None

@@ -200,13 +200,17 @@ class Forcing:
         return magnitudes
 
     def _results(self, before: Arrays, state: Arrays, opt_state: Arrays) -> Arrays:
-        """Return all that a step made: the state, the buffers, and what was added to each trained leaf.
+        """Return all that a step made: the state, the buffers, and with SGD what was added to each trained leaf.
 
         The addition is the gradient times the rate where there is no momentum: a leaf's size would hide its errors.
+        Adam's is a quotient of its moments, which are compared themselves: where both vanish it is rounding alone.
         """
-        buffers = {name: array for name, array in opt_state.items() if name != "step"}
-        added = {f"update.{name}": state[name].astype(np.float64) - before[name] for name in self.pair.network.trained}
-        return state | buffers | added
+        made = state | {name: array for name, array in opt_state.items() if name != "step"}
+        if self.pair.recipe.optimizer.name == "adam":
+            return made
+        return made | {
+            f"update.{name}": state[name].astype(np.float64) - before[name] for name in self.pair.network.trained
+        }
 
 
 def differing(ours: Arrays, theirs: Arrays) -> Iterator[tuple[str, tuple[int, ...]]]:
