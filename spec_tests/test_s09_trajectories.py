@@ -290,7 +290,7 @@ def test_a_run_that_is_not_in_step_exits_with_1(monkeypatch):
         ("--recipe digits --data-dir /nowhere", "leave it out"),
         (
             "--recipe synthetic-3class --epochs 1 --json /nowhere/file.json",
-            "--json /nowhere/file.json cannot be written",
+            "--json /nowhere/file.json: its directory does not exist",
         ),
     ],
 )

@@ -203,14 +203,13 @@ class Forcing:
         """Return all that a step made: the state, the buffers, and with SGD what was added to each trained leaf.
 
         The addition is the gradient times the rate where there is no momentum: a leaf's size would hide its errors.
-        Adam's is a quotient of its moments, which are compared themselves: where both vanish it is rounding alone.
+        With Adam that is a quotient of its moments, rounding alone where both vanish: the moments are compared instead.
         """
-        made = state | {name: array for name, array in opt_state.items() if name != "step"}
+        buffers = {name: array for name, array in opt_state.items() if name != "step"}
+        trained = self.pair.network.trained
         if self.pair.recipe.optimizer.name == "adam":
-            return made
-        return made | {
-            f"update.{name}": state[name].astype(np.float64) - before[name] for name in self.pair.network.trained
-        }
+            return buffers | {name: array for name, array in state.items() if name not in trained}
+        return state | buffers | {f"update.{name}": state[name].astype(np.float64) - before[name] for name in trained}
 
 
 def differing(ours: Arrays, theirs: Arrays) -> Iterator[tuple[str, tuple[int, ...]]]:
