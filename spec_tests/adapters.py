@@ -53,7 +53,8 @@ class Network:
 
     def longest_sum(self, batch_size: int) -> int:
         """Return the terms of the longest sum in a step: a layer's inputs, or a batch's examples or pixels."""
-        places = math.prod(self.input_shape[:2]) if self.recipe.model.name == "cnn" else 1
+        model = self.recipe.model
+        places = math.prod(self.input_shape) if model.name == "cnn" or model.input_batchnorm else 1
         return max(batch_size * places, *(leaf.fan_in for leaf in self.leaves))
 
     @property
