@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from spec.params import check_arrays
-from spec_tests.tolerances import KAPPA, unit_roundoff
+from spec_tests.tolerances import KAPPA, ceiling, unit_roundoff
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,10 +28,14 @@ def assert_within(found: Arrays, expected: Arrays, *, bound: float, item: str, r
 
     With `relative_to_layer` the bound is times the largest expected value of the layer (all leaves that share the name
     before the dot): a bias before BatchNorm has gradient 0, and only its layer says what is small (S5).
+    ValueError if that allows more than the dtype's ceiling: such a comparison says nothing.
     """
     _same_names(found, expected, item)
     for name, wanted in expected.items():
         scale = layer_scale(expected, name) if relative_to_layer else 1.0
+        most = ceiling(np.asarray(found[name]).dtype) * max(1.0, layer_scale(expected, name))
+        if bound * scale > most:
+            raise ValueError(f"{item}: {name} may be {bound * scale:.3g} off, and {most:.3g} is the most; tighten it")
         array = np.asarray(found[name], np.float64)
         error = float(np.abs(array - wanted).max(initial=0))
         assert error <= bound * scale, f"{item}: {name} is {error:.3g} off, allowed {bound * scale:.3g}: " + _worst(

@@ -20,7 +20,7 @@ from spec_tests.accuracy import __main__ as command
 from spec_tests.accuracy import results as kept
 from spec_tests.accuracy.results import Run, settings_of_flags
 from spec_tests.accuracy.runs import read
-from spec_tests.tolerances import ROUNDED_MEAN
+from spec_tests.tolerances import ROUNDED_MEAN, SEVEN_DIGITS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = accuracy.load_results(ROOT)
@@ -172,7 +172,7 @@ def test_the_change_of_the_weights_is_relative_to_the_initial_state(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"recipe": recipe.to_mapping(digits)}))
     (tmp_path / "summary.json").write_text(json.dumps({"devices": ["cpu"]}))
     summary = read(tmp_path, one_thread=True)
-    assert summary["weight_change"] == pytest.approx(0.25, rel=1e-6)
+    assert summary["weight_change"] == pytest.approx(0.25, rel=SEVEN_DIGITS)
     assert summary["settings"] == settings_of_flags(("--recipe", "digits"))
     assert summary["machine"].endswith(", cpu, 1 thread")
 

@@ -66,12 +66,12 @@ BAD: dict[str, Arrays] = {
     "an empty leaf": changed("linear1.bias", np.zeros(0)),
     "nothing": {},
 }
-NEARLY = {name: array + 1e-9 for name, array in GOOD.items()}  # what an honest other side would give
+NEARLY = {name: array + 1e-12 for name, array in GOOD.items()}  # what an honest other side would give
 COMPARE: dict[str, Callable[[Arrays, Arrays], None]] = {
     "assert_identical": lambda found, wanted: assert_identical(found, wanted, item="item"),
-    "assert_within": lambda found, wanted: assert_within(found, wanted, bound=1e-6, item="item"),
+    "assert_within": lambda found, wanted: assert_within(found, wanted, bound=1e-10, item="item"),
     "assert_within, by layer": lambda found, wanted: assert_within(
-        found, wanted, bound=1e-6, item="item", relative_to_layer=True
+        found, wanted, bound=1e-10, item="item", relative_to_layer=True
     ),
     "assert_error_ratio, ours": lambda found, wanted: assert_error_ratio(found, NEARLY, wanted, item="item"),
     "assert_error_ratio, theirs": lambda found, wanted: assert_error_ratio(NEARLY, found, wanted, item="item"),
@@ -120,13 +120,26 @@ def test_identical_means_dtype_and_bits_and_says_where():
 
 
 def test_within_is_up_to_the_bound_and_not_beyond():
-    off = with_value(6.25)
-    assert_within(off, GOOD, bound=0.25, item="item")
-    with pytest.raises(AssertionError, match=r"linear1.weight is 0.25 off, allowed 0.249"):
-        assert_within(off, GOOD, bound=0.249, item="item")
-    assert_within(off, GOOD, bound=0.25 / 9, item="item", relative_to_layer=True)
+    off, by = with_value(6 + 2.0**-32), 2.0**-32
+    assert_within(off, GOOD, bound=by, item="item")
+    with pytest.raises(AssertionError, match=r"linear1.weight is 2.33e-10 off, allowed 2.31e-10"):
+        assert_within(off, GOOD, bound=0.99 * by, item="item")
+    assert_within(off, GOOD, bound=by / 9, item="item", relative_to_layer=True)
     with pytest.raises(AssertionError, match="off, allowed"):
-        assert_within(off, GOOD, bound=0.24 / 9, item="item", relative_to_layer=True)
+        assert_within(off, GOOD, bound=0.99 * by / 9, item="item", relative_to_layer=True)
+
+
+@pytest.mark.parametrize(("dtype", "ceiling"), [(np.float32, 1e-3), (np.float64, 1e-9)])
+def test_within_refuses_a_bound_that_would_let_anything_pass(dtype, ceiling):
+    one = {"linear1.weight": np.array([-0.5, 0.25], dtype)}
+    large = {"linear1.weight": np.array([-200, 0.25], dtype)}
+    for arrays, largest in ((one, 1), (large, 200)):
+        assert_within(arrays, arrays, bound=ceiling * largest, item="item")
+        assert_within(arrays, arrays, bound=ceiling, item="item", relative_to_layer=True)
+        with pytest.raises(ValueError, match="is the most; tighten it"):
+            assert_within(arrays, arrays, bound=1.01 * ceiling * largest, item="item")
+    with pytest.raises(ValueError, match="is the most; tighten it"):
+        assert_within(large, large, bound=1.01 * ceiling, item="item", relative_to_layer=True)
 
 
 def test_a_leaf_is_measured_by_its_own_layer():
@@ -336,7 +349,6 @@ CLOSE_CALLS = {
     "assert_approx_equal", "assert_close", "array_almost_equal", "assert_array_max_ulp", "assert_tree_all_close",
 }  # fmt: skip
 TOLERANCES = {"abs", "rel", "atol", "rtol", "bound", "tol", "tolerance", "nulp", "decimal"}
-LOOSEST_FLOAT64, LOOSEST_FLOAT32 = 1e-9, 1e-3
 
 
 def called(node: ast.AST) -> str:
@@ -457,21 +469,15 @@ def test_approx_always_says_how_near():
     assert found == []
 
 
-def test_no_tolerance_that_is_typed_in_is_looser_than_float32():
-    loose = [
-        f"{name}:{line} {value}"
-        for name, tree in suite().items()
-        for line, value in typed_in(tree)
-        if value > LOOSEST_FLOAT32
-    ]
-    assert loose == []
+def test_no_tolerance_is_typed_in():
+    assert [f"{name}:{line} {value}" for name, tree in suite().items() for line, value in typed_in(tree) if value] == []
 
 
 def test_the_named_tolerances_are_tight_for_what_they_are_named_after():
     named = {name: value for name, value in vars(tolerances).items() if name.isupper() and isinstance(value, float)}
     assert named
     for name, value in named.items():
-        assert 0 < value <= (LOOSEST_FLOAT64 if name.endswith("FLOAT64") else LOOSEST_FLOAT32), name
+        assert 0 < value <= (1e-9 if name.endswith("FLOAT64") else 1e-3), name
     assert 1 <= tolerances.KAPPA <= 8
 
 
@@ -487,14 +493,14 @@ def test_the_scan_sees_a_loose_tolerance_however_it_is_written():
         "gap = a - b\nassert np.abs(gap).max() < 0.5",
     ]
     for source in seen:
-        assert max(value for _, value in typed_in(ast.parse(source))) > LOOSEST_FLOAT32, source
+        assert max(value for _, value in typed_in(ast.parse(source))) > tolerances.CEILING_FLOAT32, source
     for source in (
         "assert count < 5",
         "assert abs(a) > 0.5",
         "assert 0.3 < abs(a) < 1",
         "assert np.abs(a - b).max() <= chain_bound(leaves)",
     ):
-        assert all(value <= LOOSEST_FLOAT32 for _, value in typed_in(ast.parse(source))), source
+        assert all(value <= tolerances.CEILING_FLOAT32 for _, value in typed_in(ast.parse(source))), source
 
 
 def proves(function: ast.FunctionDef, helpers: dict[str, ast.FunctionDef], seen: frozenset[str] = frozenset()) -> bool:

@@ -15,18 +15,9 @@ from hypothesis import strategies as st
 from spec import batches, oracle, params, recipe
 from spec.oracle import layers
 from spec.recipe import Loss, Model, Optimizer, Schedule
+from spec_tests.tolerances import CENTRAL_DIFFERENCE, DIFFERENCE_STEP, FOUR_DECIMALS, ORACLE_FORMULA, ORACLE_SUM
 
 GOLDEN = resources.files("spec") / "golden"
-EPS = np.finfo(np.float64).eps
-
-ROUNDING = 32 * EPS  # a handful of float64 operations, each right to eps / 2 of the largest value
-SUMMED = 512 * EPS  # sums of up to some hundred products, or a few layers of them
-PRINTED = 5e-5  # four printed decimals
-STEP = 1e-6
-# A central difference errs by STEP^2 / 6 of the third derivative, 1e-12 where that is some ones, and by the loss's own
-# rounding over STEP: some tens of eps / STEP, 2e-10 each. The second is the larger.
-DIFFERENCED = 64 * EPS / STEP
-
 CROSS_ENTROPY = Loss(name="cross_entropy", reduction="mean", label_smoothing=0.0)
 SMOOTHED_SUM = Loss(name="cross_entropy", reduction="sum", label_smoothing=0.3)
 OF_SOFTMAX = Loss(name="cross_entropy_of_softmax", reduction="mean", label_smoothing=0.0)
@@ -117,7 +108,7 @@ SMALL_CNN = cnn(3, 4, hidden=(6, 5), dropout=0.4)
 def test_the_helper_fails_on_another_value_another_shape_and_nan():
     for wrong in ([1.0, 2.1], [[1.0, 2.0]], [1.0, np.nan]):
         with pytest.raises(AssertionError):
-            assert_near(wrong, [1.0, 2.0], tolerance=ROUNDING)
+            assert_near(wrong, [1.0, 2.0], tolerance=ORACLE_FORMULA)
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.iterdir(), key=str), ids=lambda file: file.name)
@@ -175,17 +166,17 @@ def test_an_image_is_flattened_channel_row_column():
 def test_softmax_of_one_to_four_is_the_lessons_and_a_thousand_more_changes_nothing():
     case = golden("s04_loss")["softmax_of_one_to_four"]
     logits = np.array(case["logits"])
-    assert_near(oracle.softmax(logits), case["softmax"], tolerance=PRINTED)
+    assert_near(oracle.softmax(logits), case["softmax"], tolerance=FOUR_DECIMALS)
     assert oracle.softmax(logits + case["shift"]).tolist() == oracle.softmax(logits).tolist()
     case = golden("s04_loss")["softmax_of_logarithms"]
-    assert_near(oracle.softmax(np.log(case["exp_of_logits"])), case["softmax"], tolerance=ROUNDING)
+    assert_near(oracle.softmax(np.log(case["exp_of_logits"])), case["softmax"], tolerance=ORACLE_FORMULA)
 
 
 @pytest.mark.parametrize("case", golden("s04_loss")["cross_entropy"])
 def test_cross_entropy_is_the_golden_multiple_of_ln_2(case):
     loss = dataclasses.replace(CROSS_ENTROPY, label_smoothing=case["label_smoothing"])
     logits = np.log(2) * np.array([case["logits_in_ln2"]])
-    tolerance = ROUNDING * max(1, np.abs(logits).max())  # a logit of 700 is itself only right to 700 eps
+    tolerance = ORACLE_FORMULA * max(1, np.abs(logits).max())  # a logit of 700 is itself only right to 700 eps
     assert_near(
         oracle.example_losses(logits, [case["label"]], loss), [case["loss_in_ln2"] * np.log(2)], tolerance=tolerance
     )
@@ -194,14 +185,16 @@ def test_cross_entropy_is_the_golden_multiple_of_ln_2(case):
 def test_a_second_softmax_gives_the_golden_losses():
     for case in golden("s04_loss")["cross_entropy_of_softmax"]:
         assert_near(
-            oracle.example_losses([case["logits"]], [case["label"]], OF_SOFTMAX), [case["loss"]], tolerance=ROUNDING
+            oracle.example_losses([case["logits"]], [case["label"]], OF_SOFTMAX),
+            [case["loss"]],
+            tolerance=ORACLE_FORMULA,
         )
 
 
 def test_binary_cross_entropy_is_golden_near_and_far():
     for case in golden("s04_loss")["binary_cross_entropy"]:
         found = oracle.example_losses([[np.log(case["exp_of_logit"])]], [case["label"]], BINARY)
-        assert_near(np.exp(-found), [case["exp_of_minus_loss"]], tolerance=ROUNDING)
+        assert_near(np.exp(-found), [case["exp_of_minus_loss"]], tolerance=ORACLE_FORMULA)
     for case in golden("s04_loss")["binary_cross_entropy_far_out"]:
         assert oracle.example_losses([[case["logit"]]], [case["label"]], BINARY).tolist() == [case["loss"]]
 
@@ -210,9 +203,9 @@ def test_binary_cross_entropy_is_golden_near_and_far():
 def test_the_gradient_by_the_logits_is_golden_and_a_mean_divides_it(case):
     loss = Loss(name=case["loss"], reduction="sum", label_smoothing=case["label_smoothing"])
     logits, labels = np.log(2) * np.array([case["logits_in_ln2"]] * 2), [case["label"]] * 2
-    assert_near(oracle.loss_gradient(logits, labels, loss), [case["grad"]] * 2, tolerance=ROUNDING)
+    assert_near(oracle.loss_gradient(logits, labels, loss), [case["grad"]] * 2, tolerance=ORACLE_FORMULA)
     loss = dataclasses.replace(loss, reduction="mean")
-    assert_near(oracle.loss_gradient(logits, labels, loss), [np.array(case["grad"]) / 2] * 2, tolerance=ROUNDING)
+    assert_near(oracle.loss_gradient(logits, labels, loss), [np.array(case["grad"]) / 2] * 2, tolerance=ORACLE_FORMULA)
 
 
 def test_both_ways_back_through_softmax_regression_are_golden():
@@ -238,8 +231,8 @@ def test_both_ways_back_through_the_two_layer_binary_net_are_golden():
     }
     grads = oracle.gradients(mlp((2, "sigmoid")), BINARY, state, case["x"], case["y"])
     for name, closed, leaf in zip(("w1", "b1", "w2", "b2"), found, state, strict=True):
-        assert_near(closed, case[f"{name}_grad"], tolerance=ROUNDING)
-        assert_near(grads[leaf].T, case[f"{name}_grad"], tolerance=ROUNDING)
+        assert_near(closed, case[f"{name}_grad"], tolerance=ORACLE_FORMULA)
+        assert_near(grads[leaf].T, case[f"{name}_grad"], tolerance=ORACLE_FORMULA)
 
 
 def descend(optimizer: Optimizer, start, grads, rates) -> list[np.ndarray]:
@@ -257,7 +250,7 @@ def descend(optimizer: Optimizer, start, grads, rates) -> list[np.ndarray]:
 def test_sgd_takes_the_golden_path(case):
     options = {key: case[key] for key in ("momentum", "dampening", "nesterov", "weight_decay")}
     path = descend(dataclasses.replace(SGD, **options), case["start"], case["grads"], case["learning_rates"])
-    assert_near(path, case["path"], tolerance=ROUNDING)
+    assert_near(path, case["path"], tolerance=ORACLE_FORMULA)
 
 
 @pytest.mark.parametrize("case", golden("s06_adam")["cases"], ids=lambda case: case["name"])
@@ -265,7 +258,7 @@ def test_adam_takes_the_golden_path(case):
     options = {key: case[key] for key in ("learning_rate", "betas", "epsilon", "weight_decay")}
     rates = [case["learning_rate"]] * len(case["grads"])
     path = descend(Optimizer(name="adam", **options), case["start"], case["grads"], rates)
-    assert_near(path, case["path"], tolerance=ROUNDING)
+    assert_near(path, case["path"], tolerance=ORACLE_FORMULA)
 
 
 @pytest.mark.parametrize("case", golden("s06_schedule")["cases"])
@@ -278,19 +271,19 @@ def test_the_rates_of_the_epochs_are_golden(case):
     )
     found = [oracle.learning_rate(changed, epoch) for epoch in range(1, changed.epochs + 1)]
     assert found[0] == case["learning_rate"]
-    assert_near(found, case["rates"], tolerance=ROUNDING)
+    assert_near(found, case["rates"], tolerance=ORACLE_FORMULA)
 
 
 def test_batchnorm_trains_by_the_biased_variance_and_runs_the_unbiased_one():
     case = {key: np.array(value, float) for key, value in golden("s07_batchnorm")["training"].items()}
     plain = layers.batchnorm(case["inputs"], np.ones(1), np.zeros(1), np.zeros(1), np.ones(1))
-    assert_near(plain.output, case["normalized"], tolerance=ROUNDING)
+    assert_near(plain.output, case["normalized"], tolerance=ORACLE_FORMULA)
     once = layers.batchnorm(case["inputs"], case["weight"], case["bias"], np.zeros(1), np.ones(1))
     twice = layers.batchnorm(case["inputs"], case["weight"], case["bias"], **once.batch_stats)
-    assert_near(once.output, case["output"], tolerance=ROUNDING)
+    assert_near(once.output, case["output"], tolerance=ORACLE_FORMULA)
     for name in ("running_mean", "running_var"):
-        assert_near(once.batch_stats[name], case[name], tolerance=ROUNDING)
-        assert_near(twice.batch_stats[name], case[f"{name}_after_two"], tolerance=ROUNDING)
+        assert_near(once.batch_stats[name], case[name], tolerance=ORACLE_FORMULA)
+        assert_near(twice.batch_stats[name], case[f"{name}_after_two"], tolerance=ORACLE_FORMULA)
 
 
 def test_batchnorm_evaluates_by_the_running_statistics_and_leaves_them():
@@ -298,7 +291,7 @@ def test_batchnorm_evaluates_by_the_running_statistics_and_leaves_them():
     found = layers.batchnorm_by_running(
         case["inputs"], case["weight"], case["bias"], case["running_mean"], case["running_var"]
     )
-    assert_near(found.output, case["output"], tolerance=ROUNDING)
+    assert_near(found.output, case["output"], tolerance=ORACLE_FORMULA)
     assert all(found.batch_stats[name] == case[name] for name in ("running_mean", "running_var"))
 
 
@@ -312,7 +305,7 @@ def test_dropout_scales_what_it_keeps_and_its_gradient():
 def test_the_metrics_are_golden():
     cases = golden("s08_metrics")
     mean = cases["weighted_mean"]
-    assert_near(oracle.weighted_mean(mean["values"], mean["sizes"]), mean["mean"], tolerance=ROUNDING)
+    assert_near(oracle.weighted_mean(mean["values"], mean["sizes"]), mean["mean"], tolerance=ORACLE_FORMULA)
     assert np.mean(mean["values"]) == mean["mean_of_means"] != mean["mean"]
     for case in cases["predictions"]:
         assert oracle.predictions(case["logits"]).tolist() == case["predictions"]
@@ -365,14 +358,14 @@ def test_the_gradient_of_every_leaf_is_its_central_difference(name):
             sides = []
             for sign in (1, -1):
                 moved = given.state[leaf].copy()
-                moved[place] += sign * STEP
+                moved[place] += sign * DIFFERENCE_STEP
                 sides.append(given.loss(loss, given.state | {leaf: moved}, decisions))
-            difference[place] = (sides[0] - sides[1]) / (2 * STEP)
-        assert_near(grad, difference, tolerance=DIFFERENCED * size)
+            difference[place] = (sides[0] - sides[1]) / (2 * DIFFERENCE_STEP)
+        assert_near(grad, difference, tolerance=CENTRAL_DIFFERENCE * size)
         if before_batchnorm(leaf, model):
-            assert_near(grad, np.zeros(grad.shape), tolerance=SUMMED * size)
+            assert_near(grad, np.zeros(grad.shape), tolerance=ORACLE_SUM * size)
         else:
-            assert np.abs(grad).max() > 100 * DIFFERENCED * size, f"{leaf} has no gradient to speak of"
+            assert np.abs(grad).max() > 100 * CENTRAL_DIFFERENCE * size, f"{leaf} has no gradient to speak of"
 
 
 @few
@@ -395,11 +388,11 @@ def test_the_gradient_by_the_logits_is_its_central_difference(reduction, kind, s
     difference = np.empty(logits.shape)
     for place in np.ndindex(logits.shape):
         nudge = np.zeros(logits.shape)
-        nudge[place] = STEP
+        nudge[place] = DIFFERENCE_STEP
         sides = [reduce(oracle.example_losses(logits + sign * nudge, labels, loss)) for sign in (1, -1)]
-        difference[place] = (sides[0] - sides[1]) / (2 * STEP)
+        difference[place] = (sides[0] - sides[1]) / (2 * DIFFERENCE_STEP)
     size = max(1.0, np.abs(logits).max() * batch)
-    assert_near(oracle.loss_gradient(logits, labels, loss), difference, tolerance=DIFFERENCED * size)
+    assert_near(oracle.loss_gradient(logits, labels, loss), difference, tolerance=CENTRAL_DIFFERENCE * size)
 
 
 hidden_layers = st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["sigmoid", "tanh", "relu"])), max_size=3)
@@ -430,10 +423,14 @@ def test_the_slope_in_any_direction_is_the_gradient_along_it(model, shape, batch
     length = np.sqrt(sum((values**2).sum() for values in direction.values()))
     sides = []
     for sign in (1, -1):
-        moved = {name: given.state[name] + sign * STEP / length * values for name, values in direction.items()}
+        moved = {
+            name: given.state[name] + sign * DIFFERENCE_STEP / length * values for name, values in direction.items()
+        }
         sides.append(given.loss(CROSS_ENTROPY, given.state | moved, passed.decisions))
     slope = sum((grads[name] * values).sum() for name, values in direction.items()) / length
-    assert_near(slope, (sides[0] - sides[1]) / (2 * STEP), tolerance=DIFFERENCED * max(1.0, *map(abs, sides)))
+    assert_near(
+        slope, (sides[0] - sides[1]) / (2 * DIFFERENCE_STEP), tolerance=CENTRAL_DIFFERENCE * max(1.0, *map(abs, sides))
+    )
 
 
 # Closed forms and plain loops
@@ -449,7 +446,7 @@ def test_softmax_regression_on_paper_is_the_general_way_back(batch, features, cl
     state = {"linear1.weight": weight, "linear1.bias": bias}
     grads = oracle.gradients(mlp(), CROSS_ENTROPY, state, inputs, labels)
     for name, wanted in zip(state, closed, strict=True):
-        assert_near(grads[name], wanted, tolerance=SUMMED)
+        assert_near(grads[name], wanted, tolerance=ORACLE_SUM)
 
 
 @few
@@ -469,7 +466,7 @@ def test_the_two_layer_binary_net_on_paper_is_the_general_way_back(batch, featur
     state = {"linear1.weight": w1.T, "linear1.bias": b1, "linear2.weight": w2.T, "linear2.bias": b2}
     grads = oracle.gradients(mlp((hidden, "sigmoid")), loss, state, x, y)
     for name, wanted in zip(state, closed, strict=True):
-        assert_near(grads[name], wanted.T, tolerance=SUMMED)
+        assert_near(grads[name], wanted.T, tolerance=ORACLE_SUM)
 
 
 tiny = st.integers(1, 4)
@@ -493,14 +490,14 @@ def test_a_convolution_is_its_sum_pixel_by_pixel_and_its_way_back_the_adjoint(
             if 0 <= r + i - 1 < height and 0 <= s + j - 1 < width:
                 expected[n, o, r, s] += weight[o, c, i, j] * x[n, c, r + i - 1, s + j - 1]
     applied = layers.convolution(x, weight, bias)
-    assert_near(applied.output, expected, tolerance=SUMMED)
+    assert_near(applied.output, expected, tolerance=ORACLE_SUM)
     # Linear in x and in W: <g, W * x> = <dx, x> = <dW, W>.
     x_grad, own = applied.back(grad)
     product = (grad * (expected - bias[:, None, None])).sum()
     size = np.abs(grad).sum() * np.abs(expected).max()
     for found in ((x_grad * x).sum(), (own["weight"] * weight).sum()):
-        assert abs(found - product) <= ROUNDING * max(1.0, size)
-    assert_near(own["bias"], grad.sum(axis=(0, 2, 3)), tolerance=SUMMED)
+        assert abs(found - product) <= ORACLE_FORMULA * max(1.0, size)
+    assert_near(own["bias"], grad.sum(axis=(0, 2, 3)), tolerance=ORACLE_SUM)
 
 
 @few
@@ -538,7 +535,7 @@ def test_sgd_ends_where_its_sums_of_gradients_say(rate, momentum, dampening, nes
     directions = grads + momentum * np.array(buffers) if nesterov else np.array(buffers)
     optimizer = dataclasses.replace(SGD, momentum=momentum, dampening=dampening, nesterov=nesterov)
     path = descend(optimizer, np.ones(3), grads, [rate] * steps)
-    assert_near(path, 1 - rate * directions.cumsum(axis=0), tolerance=SUMMED)
+    assert_near(path, 1 - rate * directions.cumsum(axis=0), tolerance=ORACLE_SUM)
 
 
 @few
@@ -554,7 +551,7 @@ def test_adam_under_a_constant_gradient_steps_by_g_over_g_plus_epsilon(rate, bet
     path = descend(optimizer, [0.0], [[grad]] * steps, [rate] * steps)
     wanted = -rate * grad / (grad + epsilon) * np.arange(1, steps + 1)[:, None]
     # 1 - beta^t is right to eps / (1 - beta), a thousand eps at beta 0.999.
-    assert_near(path, wanted, tolerance=ROUNDING / (1 - max(betas)))
+    assert_near(path, wanted, tolerance=ORACLE_FORMULA / (1 - max(betas)))
 
 
 @few
@@ -562,7 +559,7 @@ def test_adam_under_a_constant_gradient_steps_by_g_over_g_plus_epsilon(rate, bet
 def test_the_weighted_mean_of_batch_means_is_the_mean_over_examples(sizes, seed):
     values = np.random.default_rng(seed).standard_normal(sum(sizes))
     means = [part.mean() for part in np.split(values, np.cumsum(sizes)[:-1])]
-    assert_near(oracle.weighted_mean(means, sizes), values.mean(), tolerance=ROUNDING)
+    assert_near(oracle.weighted_mean(means, sizes), values.mean(), tolerance=ORACLE_FORMULA)
 
 
 @few
@@ -586,10 +583,10 @@ def test_every_schedule_starts_at_the_recipes_rate_and_never_rises(epochs, rate,
             epochs=epochs,
         )
         rates = np.array([oracle.learning_rate(changed, epoch) for epoch in range(1, epochs + 1)])
-        assert_near(rates[0], rate, tolerance=ROUNDING)
-        assert (np.diff(rates) <= ROUNDING * rate).all()
+        assert_near(rates[0], rate, tolerance=ORACLE_FORMULA)
+        assert (np.diff(rates) <= ORACLE_FORMULA * rate).all()
         if schedule.name == "cosine":
-            assert rates.min() >= share * rate * (1 - ROUNDING)
+            assert rates.min() >= share * rate * (1 - ORACLE_FORMULA)
 
 
 # Names, shapes, modes
@@ -626,8 +623,8 @@ def test_the_input_batchnorm_is_one_channel_over_all_pixels():
     given.state["norm0.running_mean"][:], given.state["norm0.running_var"][:] = 0, 1
     stats = given.forward().batch_stats
     assert set(stats) == {"norm0.running_mean", "norm0.running_var"}
-    assert_near(stats["norm0.running_mean"], [0.1 * given.inputs.mean()], tolerance=ROUNDING)
-    assert_near(stats["norm0.running_var"], [0.9 + 0.1 * given.inputs.var(ddof=1)], tolerance=ROUNDING)
+    assert_near(stats["norm0.running_mean"], [0.1 * given.inputs.mean()], tolerance=ORACLE_FORMULA)
+    assert_near(stats["norm0.running_var"], [0.9 + 0.1 * given.inputs.var(ddof=1)], tolerance=ORACLE_FORMULA)
 
 
 def test_evaluation_drops_nothing_keeps_the_statistics_and_sees_each_example_alone():
@@ -639,7 +636,7 @@ def test_evaluation_drops_nothing_keeps_the_statistics_and_sees_each_example_alo
     assert "dropout1" not in passed.decisions
     assert all(np.array_equal(value, given.state[name]) for name, value in passed.batch_stats.items())
     alone = oracle.forward(given.model, given.state, given.inputs[:1], train=False)
-    assert_near(alone.logits, passed.logits[:1], tolerance=SUMMED)
+    assert_near(alone.logits, passed.logits[:1], tolerance=ORACLE_SUM)
     with pytest.raises(ValueError, match="no way back; use train=True"):
         oracle.backward(passed, np.ones((5, 3)))
 
@@ -763,10 +760,10 @@ def test_a_step_reports_the_loss_before_it_and_moves_parameters_and_statistics()
     )
     assert list(state) == list(given.state)
     for name, grad in grads.items():
-        assert_near(state[name], kept[name] - 0.05 * grad, tolerance=ROUNDING)  # half of 0.1 in epoch 2
+        assert_near(state[name], kept[name] - 0.05 * grad, tolerance=ORACLE_FORMULA)  # half of 0.1 in epoch 2
         assert np.array_equal(after[f"momentum_buffer.{name}"], grad)
     assert all(np.array_equal(state[name], value) for name, value in passed.batch_stats.items())
-    assert_near(loss, oracle.example_losses(passed.logits, given.labels, SMOOTHED_SUM).mean(), tolerance=ROUNDING)
+    assert_near(loss, oracle.example_losses(passed.logits, given.labels, SMOOTHED_SUM).mean(), tolerance=ORACLE_FORMULA)
     assert correct == (passed.logits.argmax(axis=1) == given.labels).sum()
     assert after["step"] == 1
     assert opt_state["step"] == 0

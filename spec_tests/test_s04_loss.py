@@ -23,13 +23,12 @@ from spec.errors import DataError
 from spec.recipe import Data, Loss
 from spec_tests.assertions import assert_error_ratio, assert_within
 from spec_tests.conftest import CONTENTS, idx_bytes
-from spec_tests.tolerances import formula_bound
+from spec_tests.tolerances import FOUR_DECIMALS, formula_bound
 from torch_ref.trainer import IMPLEMENTATION as TORCH
 
 CROSS_ENTROPY = Loss(name="cross_entropy", reduction="mean", label_smoothing=0.0)
 OF_SOFTMAX = dataclasses.replace(CROSS_ENTROPY, name="cross_entropy_of_softmax")
 BINARY = dataclasses.replace(CROSS_ENTROPY, name="binary_cross_entropy")
-PRINTED = 5e-5  # the lesson prints four decimals
 
 few = settings(deadline=None, max_examples=20)
 
@@ -83,7 +82,7 @@ def test_softmax_of_one_to_four_is_the_lessons_and_a_thousand_more_changes_nothi
     for shift in (0.0, 1000.0):
         logits = np.array([[1.0, 2.0, 3.0, 4.0]]) + shift
         found = [np.exp(-losses(logits, [label]))[0] for label in range(4)]
-        assert np.abs(np.array(found) - expected).max() < PRINTED
+        assert np.abs(np.array(found) - expected).max() < FOUR_DECIMALS
 
 
 def test_cross_entropy_is_minus_the_natural_log_of_the_softmax_of_each_example(losses):

@@ -16,7 +16,7 @@ from spec_tests.accuracy.publish import replace_table, with_expected
 from spec_tests.accuracy.results import Run, settings_of_flags
 from spec_tests.accuracy.runs import train
 from spec_tests.accuracy.tables import has_test_split
-from spec_tests.tolerances import ROUNDED_MEAN
+from spec_tests.tolerances import ROUNDED_MEAN, SEVEN_DIGITS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = accuracy.load_results(ROOT)
@@ -117,15 +117,17 @@ def assert_lands_in_its_band(name: str, framework: str) -> None:
 
 def test_tost_gives_the_values_computed_by_hand():
     # One degree of freedom is Cauchy's distribution: P(T > x) = 1/2 - atan(x)/pi. Here the error is 0.001, x = 1 and 9.
-    assert accuracy.tost([0.0, 0.002], 0.002) == pytest.approx(0.25, rel=1e-9)
-    assert accuracy.tost([0.0, 0.002], 0.01) == pytest.approx(0.5 - math.atan(9) / math.pi, rel=1e-9)
+    assert accuracy.tost([0.0, 0.002], 0.002) == pytest.approx(0.25, rel=ROUNDED_MEAN)
+    assert accuracy.tost([0.0, 0.002], 0.01) == pytest.approx(0.5 - math.atan(9) / math.pi, rel=ROUNDED_MEAN)
     # Two: P(T > x) = 1/2 - x / (2 sqrt(2 + x^2)), x = 0.002 sqrt(3) / 0.001, x^2 = 12.
-    assert accuracy.tost([-0.001, 0.0, 0.001], 0.002) == pytest.approx(0.5 - math.sqrt(12 / 14) / 2, rel=1e-9)
+    assert accuracy.tost([-0.001, 0.0, 0.001], 0.002) == pytest.approx(0.5 - math.sqrt(12 / 14) / 2, rel=ROUNDED_MEAN)
 
 
 def test_tost_does_not_care_which_side_is_better():
     apart = [0.001, 0.004, -0.002, 0.003]
-    assert accuracy.tost(apart, 0.01) == pytest.approx(accuracy.tost([-value for value in apart], 0.01), rel=1e-12)
+    assert accuracy.tost(apart, 0.01) == pytest.approx(
+        accuracy.tost([-value for value in apart], 0.01), rel=ROUNDED_MEAN
+    )
 
 
 def test_equal_sides_are_equivalent_and_one_or_no_pair_is_no_test():
@@ -154,7 +156,7 @@ def test_the_90_percent_interval_lies_within_the_margin_exactly_when_tost_reject
     mean, low, high = accuracy.interval(apart)
     assert (mean, mean - low) == (pytest.approx(0.0015, rel=ROUNDED_MEAN), pytest.approx(high - mean, rel=ROUNDED_MEAN))
     # t(0.95, 3) = 2.353363, sd = sqrt(21/3) 1e-3
-    assert high - mean == pytest.approx(2.353363 * math.sqrt(7) * 1e-3 / 2, rel=1e-6)
+    assert high - mean == pytest.approx(2.353363 * math.sqrt(7) * 1e-3 / 2, rel=SEVEN_DIGITS)
     assert accuracy.tost(apart, high * 1.0001) < 0.05 < accuracy.tost(apart, high * 0.9999)
 
 

@@ -37,9 +37,28 @@ TWIN_CEILING_FLOAT64 = 1e-9
 # 0.3 at most. Its first layer is smooth; its second has 8 relu units, of which none was seen to flip.
 SMOOTH_RUN_FLOAT32 = 1e-6
 
-# Central differences with step h: the cubic term gives h^2, the rounding of the loss u / h.
-DIFFERENCE_STEP = 1e-5
+# Central differences with step h: the cubic term gives h^2 = 1e-12, rounding of the loss some tens of u / h = 1e-10.
+DIFFERENCE_STEP = 1e-6
 CENTRAL_DIFFERENCE = 1e-8
+
+
+# A figure printed, by a lesson or a table, with four decimals; one with seven significant digits.
+FOUR_DECIMALS = 5e-5
+SEVEN_DIGITS = 1e-6
+
+# The oracle in float64 (u = 1.1e-16) against values by hand: a handful of operations; sums of up to some hundred
+# products, or a few layers of them.
+ORACLE_FORMULA = 64 * 2.0**-53
+ORACLE_SUM = 1024 * 2.0**-53
+
+# No comparison may allow more than this of the largest value (or of 1), however its bound was computed.
+CEILING_FLOAT32 = 1e-3
+CEILING_FLOAT64 = 1e-9
+
+
+def ceiling(dtype: np.typing.DTypeLike) -> float:
+    """Return the most that a comparison of this dtype may allow; for integers, all that is under 1 means equal."""
+    return CEILING_FLOAT64 if np.dtype(dtype) == np.float64 else CEILING_FLOAT32
 
 
 def unit_roundoff(dtype: np.typing.DTypeLike) -> float:
