@@ -31,7 +31,11 @@ class Span(NamedTuple):
     stop: np.int32
 
 
-def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> Callable:
+RunSteps = Callable[[TrainState, DeviceSplit, jax.Array, Span], tuple[TrainState, StepMetrics]]
+Evaluate = Callable[[TrainState, DeviceSplit], ExampleMetrics]
+
+
+def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> RunSteps:
     """Return the compiled program (state, split, order [n] int32, span) -> (state, metrics [steps_per_epoch]).
 
     It runs any span of an epoch's steps: the whole epoch in one call, or a part for a progress line, with the same
@@ -73,7 +77,7 @@ def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> Callable
     return run_steps
 
 
-def make_evaluate(eval_step: EvalStep, num_examples: int, batch_size: int) -> Callable:
+def make_evaluate(eval_step: EvalStep, num_examples: int, batch_size: int) -> Evaluate:
     """Return the compiled program (state, split) -> metrics [num_examples]: every example once, none dropped (S8)."""
     num_batches = num_examples // batch_size
     full = num_batches * batch_size

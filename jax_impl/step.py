@@ -39,11 +39,12 @@ class ExampleMetrics(NamedTuple):
     prediction: Int[Array, " examples"]
 
 
+Gradients = Callable[..., tuple[dict, tuple[dict, StepMetrics]]]
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 EvalStep = Callable[[TrainState, jax.Array, jax.Array], ExampleMetrics]
 
 
-def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Callable:
+def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Gradients:
     """Return the function of (params, batch_stats, images [batch, ...], labels [batch] int32, dropout key, hook) to
     (grads, (batch_stats, metrics)): the gradient of the batch's objective, and what else the forward pass gave.
 
@@ -62,7 +63,7 @@ def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Call
     return jax.grad(objective, has_aux=True)
 
 
-def make_train_step(gradients: Callable, optimizer: optax.GradientTransformation) -> TrainStep:
+def make_train_step(gradients: Gradients, optimizer: optax.GradientTransformation) -> TrainStep:
     """Return the function of (state, images [batch, ...], labels [batch] int32, dropout key, hook) to (state, metrics),
     for the `gradients` that `make_gradients` gives."""
 

@@ -23,6 +23,7 @@ from spec import datasets
 from spec import recipe as recipes
 from spec.errors import UserError, python_command, run_program
 from spec.files import write_atomic
+from spec_tests.markdown import markdown_table
 
 RESULTS = Path("results") / "speed.json"
 
@@ -57,12 +58,12 @@ def load_results(root: Path = Path()) -> dict[str, dict]:
 
 def table(results: dict[str, dict]) -> str:
     """Return the times as a Markdown table: median (smallest to largest) of the pairs."""
-    lines = ["| what | pairs | lesson's torch, s | ours, s | ratio |", "|---|---|---|---|---|"]
+    rows = []
     for key, result in results.items():
         theirs, ours = zip(*result["pairs"], strict=True)
         ratios = [lesson / mine for lesson, mine in result["pairs"]]
-        lines.append(f"| {key} | {len(ours)} | {_range(theirs)} | {_range(ours)} | **{_range(ratios)}** |")
-    return "\n".join(lines)
+        rows.append([key, str(len(ours)), _range(theirs), _range(ours), f"**{_range(ratios)}**"])
+    return markdown_table(["what", "pairs", "lesson's torch, s", "ours, s", "ratio"], rows)
 
 
 def _origin() -> dict:

@@ -19,7 +19,7 @@ import pytest
 from spec import recipe
 from spec_tests import speed
 from spec_tests.conftest import FRAMEWORKS
-from spec_tests.lockstep import __main__ as lockstep
+from spec_tests.lockstep import results as lockstep
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

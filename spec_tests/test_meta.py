@@ -266,10 +266,9 @@ LISTED = re.compile(r"`((?:TODO )?)(test_\w+\.py)::(test_\w+)`")
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A statement of SPEC.md: its number, its heading, and what stands under it."""
+    """A statement of SPEC.md: its number, and what stands under its heading."""
 
     number: str
-    title: str
     body: str
 
     @property
@@ -285,8 +284,7 @@ class Statement:
 def statements() -> list[Statement]:
     parts = re.split(r"^(#{2,3} S\d+(?:\.\d+)? .*)$", SPEC, flags=re.MULTILINE)
     headed = zip(parts[1::2], parts[2::2], strict=True)
-    split = [(*heading.lstrip("# ").split(" ", 1), body) for heading, body in headed if heading.startswith("### ")]
-    return [Statement(*fields) for fields in split]
+    return [Statement(heading.split()[1], body) for heading, body in headed if heading.startswith("### ")]
 
 
 def functions_of(tree: ast.Module) -> Iterator[ast.FunctionDef]:

@@ -21,9 +21,8 @@ from spec.datasets import cache, sources
 from spec.datasets.catalog import IDX_SETS
 from spec.errors import RecipeError, run_program
 from spec.recipe import Recipe
+from torch_ref.models import ACTIVATIONS
 from torch_ref.vision import torchvision
-
-ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
 def main() -> None:

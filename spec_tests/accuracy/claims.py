@@ -15,7 +15,8 @@ import numpy as np
 from spec import recipe as recipes
 from spec_tests.accuracy.equivalence import MARGIN, interval, tost
 from spec_tests.accuracy.results import Results
-from spec_tests.accuracy.tables import markdown, p_value, paired, signed
+from spec_tests.accuracy.tables import p_value, paired, signed
+from spec_tests.markdown import markdown_table
 
 EXPERIMENTS = {
     "sigmoid-mlp-relu": "--recipe sigmoid-mlp --model.activations relu relu",
@@ -213,7 +214,7 @@ def claims_table(results: Results, experiments: Results) -> str:
     """Return the claims as a Markdown table: the words, what was measured, the verdict."""
     measured = Measured(results, experiments)
     rows = [[f'"{claim.words}"', *_answer(claim, measured)] for claim in CLAIMS]
-    return markdown(["the lessons say", "measured here", "verdict"], rows)
+    return markdown_table(["the lessons say", "measured here", "verdict"], rows)
 
 
 def _answer(claim: Claim, measured: Measured) -> Answer:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from spec_tests.accuracy.equivalence import MARGIN, interval, tost
 from spec_tests.accuracy.results import FRAMEWORKS, Results
+from spec_tests.markdown import markdown_table
 
 PACKAGES = {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}
 LESSON = {
@@ -25,7 +26,7 @@ LESSON = {
 def table(results: Results) -> str:
     """Return both sides' test accuracies as a Markdown table: mean +- standard deviation, and their difference."""
     heading = ["recipe", "lesson", "JAX", "torch", "JAX - torch (90 % interval)", "TOST p", "seeds", "epochs x steps"]
-    return markdown(heading, [_row(key, result) for key, result in sorted(results.items())])
+    return markdown_table(heading, [_row(key, result) for key, result in sorted(results.items())])
 
 
 def _row(key: str, result: Mapping[str, dict]) -> list[str]:
@@ -71,11 +72,6 @@ def _measured(block: Mapping, packages: Sequence[str]) -> str:
 def has_test_split(block: Mapping) -> bool:
     """Has the recipe a test split?"""
     return None not in block["test_accuracy"]
-
-
-def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---"] * len(heading), *rows])
 
 
 def mean_sd(values: Sequence[float | None]) -> str:

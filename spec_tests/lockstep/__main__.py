@@ -16,8 +16,8 @@ from spec.errors import UserError, require, run_program
 from spec.files import write_atomic
 from spec.recipe import Recipe
 from spec_tests.lockstep.report import Epoch, judge
+from spec_tests.lockstep.results import RESULTS, key, load_results
 
-RESULTS = Path("results") / "lockstep.json"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -74,53 +74,6 @@ def backends() -> str:
         f"torch {torch.__version__} on cpu, {torch.get_float32_matmul_precision()} precision, "
         f"{torch.get_num_threads()} threads"
     )
-
-
-def load_results(root: Path = Path()) -> dict[str, dict]:
-    """Return the kept reports, by recipe and mode."""
-    return json.loads((root / RESULTS).read_text()) if (root / RESULTS).exists() else {}
-
-
-def key(report: dict) -> str:
-    """Return the name under which a report is kept: recipe, precision, and what was shared or cut short."""
-    parts = [report["recipe"], report["precision"]]
-    parts += ["shared gates"] if report["share_gates"] else []
-    parts += [f"{report[f'max_{what}']} {what}" for what in ("epochs", "steps") if report[f"max_{what}"]]
-    return ", ".join(parts)
-
-
-def table(results: dict[str, dict]) -> str:
-    """Return the kept reports as a Markdown table: the last epoch of each run, and the worst of its forced steps."""
-    headings = ["recipe", "precision", "steps", "weights differ by", "equal predictions", "accuracy, JAX and torch"]
-    headings += ["forced steps: worst error ratio", "first flip at step"]
-    rows = [headings, ["---"] * len(headings)]
-    for _, report in sorted(results.items()):
-        last, flip = report["epochs"][-1], report["first_flip"]
-        forced = last["forced"]
-        mode = f"{report['precision']}, gates shared" if report["share_gates"] else report["precision"]
-        rows.append(
-            [
-                f"`{report['recipe']}`",
-                mode,
-                f"{last['steps']:,}" + (" of it" if report["max_steps"] or report["max_epochs"] else ""),
-                f"{max(epoch['weight_difference'] for epoch in report['epochs']):.1e}{_twin(last)}",
-                f"{min(epoch['equal_predictions'] for epoch in report['epochs']):.2%}",
-                f"{last['jax_accuracy']:.4f}, {last['torch_accuracy']:.4f}",
-                f"{forced['worst_ratio']:.1f} ({forced['flips']} flips)" if forced else "-",
-                f"{_global_step(flip, report):,}" if flip else "-",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _twin(epoch: dict) -> str:
-    twin = epoch.get("twin_difference")
-    return "" if twin is None else f" (from itself, one last place away: {twin:.1e})"
-
-
-def _global_step(flip: dict, report: dict) -> int:
-    steps_per_epoch = report["epochs"][0]["steps"]
-    return (flip["epoch"] - 1) * steps_per_epoch + flip["step"]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from spec.errors import UserError, did_you_mean, run_program
 from spec.files import write_atomic
+from spec_tests.markdown import markdown_table
 from spec_tests.mutants.catalogue import MUTANTS, Mutant
 from spec_tests.mutants.runner import Outcome, Selection, run_baseline, run_mutants
 
@@ -135,14 +136,14 @@ def load_results(root: Path = Path()) -> dict:
 
 def table(results: Mapping) -> str:
     """Return the kept matrix as a Markdown table: mutants by clause and by where they are planted, and those killed."""
-    rows = [["clause", "in jax_impl", "in torch_ref", "in spec", "killed"], ["---"] * 5]
+    rows = []
     clauses = list(dict.fromkeys(mutant["clause"] for mutant in results.get("mutants", ())))
     for clause in [*clauses, "all"]:
         planted = [mutant for mutant in results.get("mutants", ()) if clause in ("all", mutant["clause"])]
         where = [sum(mutant["file"].startswith(f"{package}/") for mutant in planted) for package in PLANTED]
         killed = sum(mutant["result"] == "killed" for mutant in planted)
         rows.append([clause, *map(str, where), f"{killed} of {len(planted)}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(["clause", "in jax_impl", "in torch_ref", "in spec", "killed"], rows)
 
 
 def _write(path: Path, content: Mapping) -> None:
