@@ -26,9 +26,9 @@ from spec_tests.assertions import (
     largest_difference,
     layer_scale,
 )
+from spec_tests.specification import LISTED, SPEC, statements
 
 FOLDER = Path(__file__).parent
-SPEC = (FOLDER.parent / "spec" / "SPEC.md").read_text("utf-8")
 
 # The helpers of assertions.py
 
@@ -261,30 +261,6 @@ def test_an_adapter_shares_no_memory_with_what_it_takes_and_gives(name):
 
 TEST_FILES = sorted(FOLDER.glob("test_*.py"))
 TREES = {path.name: ast.parse(path.read_text("utf-8")) for path in sorted(FOLDER.rglob("*.py"))}
-LISTED = re.compile(r"`((?:TODO )?)(test_\w+\.py)::(test_\w+)`")
-
-
-@dataclasses.dataclass(frozen=True)
-class Statement:
-    """A statement of SPEC.md: its number, and what stands under its heading."""
-
-    number: str
-    body: str
-
-    @property
-    def tests_line(self) -> str:
-        found = re.findall(r"^\*Tests:\* (.*)$", self.body, re.MULTILINE)
-        return found[0] if len(found) == 1 else ""
-
-    @property
-    def tests(self) -> list[tuple[str, str]]:
-        return [(file, test) for _, file, test in LISTED.findall(self.tests_line)]
-
-
-def statements() -> list[Statement]:
-    parts = re.split(r"^(#{2,3} S\d+(?:\.\d+)? .*)$", SPEC, flags=re.MULTILINE)
-    headed = zip(parts[1::2], parts[2::2], strict=True)
-    return [Statement(heading.split()[1], body) for heading, body in headed if heading.startswith("### ")]
 
 
 def functions_of(tree: ast.Module) -> Iterator[ast.FunctionDef]:
