@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from spec.errors import UserError
 from spec_tests.mutants import __main__ as matrix
 from spec_tests.mutants import runner
 from spec_tests.mutants.catalogue import MUTANTS, Mutant
+from spec_tests.mutants.runner import Outcome
 
 ROOT = Path(__file__).parents[1]
 HARMED = [f"S{number}" for number in (*range(1, 10), 12)]  # S10 judges kept figures, S11 needs several devices
@@ -199,9 +201,22 @@ def test_the_program_prints_the_matrix_keeps_it_and_ends_with_the_count(reposito
     assert {row["name"]: row["result"] for row in kept["mutants"]} == {
         mutant.name: result for result, mutant in TOYS.items()
     }
-    assert kept["mutants"][0].keys() >= {"name", "clause", "file", "result", "killer", "seconds"}
+    assert kept["mutants"][0].keys() >= {"name", "clause", "file", "result", "killer", "seconds", "date"}
     assert kept["versions"].keys() >= {"python", "pytest", "jax", "torch"}
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", kept["date"])
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"]) for row in kept["mutants"])
+
+
+def test_a_part_of_the_matrix_takes_its_place_in_the_kept_one(monkeypatch):
+    monkeypatch.setattr(matrix, "MUTANTS", tuple(TOYS.values()))
+    first, *others = TOYS.values()
+    lived = Outcome(result="survived", killer="", message="", seconds=1.0)
+    whole = matrix.matrix(dict.fromkeys(TOYS.values(), lived))
+    gone = whole | {"mutants": [*whole["mutants"], whole["mutants"][0] | {"name": "no-longer-there"}]}
+    part = matrix.matrix({first: dataclasses.replace(lived, result="killed")}, gone)
+    assert [row["name"] for row in part["mutants"]] == [mutant.name for mutant in TOYS.values()]
+    assert [row["result"] for row in part["mutants"]] == ["killed", *("survived" for _ in others)]
+    assert part["killed"] == 1
+    assert len(matrix.matrix({first: lived}, gone | {"versions": {}})["mutants"]) == 1
 
 
 def test_the_program_leaves_with_0_when_all_are_killed_and_refuses_a_broken_baseline(repository, monkeypatch, capsys):
@@ -213,7 +228,7 @@ def test_the_program_leaves_with_0_when_all_are_killed_and_refuses_a_broken_base
     assert "the unmutated copy fails its own tests" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # 190 starts of pytest, each 5 s of processor time and more: 20 minutes and more on two cores
+@pytest.mark.slow(minutes=45)
 def test_every_mutant_is_killed(tmp_path):
     with pytest.raises(SystemExit) as left:
         matrix.main(["--json", str(tmp_path / "matrix.json")])

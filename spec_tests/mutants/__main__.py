@@ -37,14 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--json {flags.json}: its directory does not exist; make it first")
     chosen = choose(MUTANTS, names=flags.only, clause=flags.clause)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
-    start = time.perf_counter()
     if not baseline_passes(chosen, flags.jobs, console):
         console.print("the unmutated copy fails its own tests: mend them first")
         sys.exit(1)
     outcomes = run_matrix(chosen, flags.jobs, console)
     show(outcomes, console)
-    for path in filter(None, (flags.json, ROOT / RESULTS if flags.keep else None)):
-        _write(path, kept(outcomes, time.perf_counter() - start))
+    if flags.json:
+        _write(flags.json, matrix(outcomes))
+    if flags.keep:
+        _write(ROOT / RESULTS, matrix(outcomes, load_results(ROOT)))
     killed = sum(outcome.result == "killed" for outcome in outcomes.values())
     console.print(f"killed {killed} of {len(outcomes)}")
     sys.exit(0 if killed == len(outcomes) else 1)
@@ -104,28 +105,27 @@ def show(outcomes: Mapping[Mutant, Outcome], console: Console) -> None:
     console.print(table)
 
 
-def kept(outcomes: Mapping[Mutant, Outcome], seconds: float) -> dict:
-    """Return the matrix as it is kept in a file."""
-    rows = [
-        {
-            "name": mutant.name,
-            "clause": mutant.clause,
-            "says": mutant.says,
-            "file": mutant.path,
-            "result": outcome.result,
-            "killer": outcome.killer,
-            "message": outcome.message,
-            "seconds": round(outcome.seconds, 1),
-        }
-        for mutant, outcome in outcomes.items()
-    ]
+def matrix(outcomes: Mapping[Mutant, Outcome], earlier: Mapping | None = None) -> dict:
+    """Return the matrix as it is kept in a file: these outcomes, and those of an `earlier` one by the same versions for
+    the catalogue's other mutants."""
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS}
+    rows = {row["name"]: row for row in earlier["mutants"]} if earlier and earlier["versions"] == versions else {}
+    rows |= {mutant.name: _row(mutant, outcome) for mutant, outcome in outcomes.items()}
+    rows = [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows]
+    return {"killed": sum(row["result"] == "killed" for row in rows), "mutants": rows, "versions": versions}
+
+
+def _row(mutant: Mutant, outcome: Outcome) -> dict:
     return {
-        "killed": sum(row["result"] == "killed" for row in rows),
-        "mutants": rows,
-        "seconds": round(seconds, 1),
+        "name": mutant.name,
+        "clause": mutant.clause,
+        "says": mutant.says,
+        "file": mutant.path,
+        "result": outcome.result,
+        "killer": outcome.killer,
+        "message": outcome.message,
+        "seconds": round(outcome.seconds, 1),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": versions,
     }
 
 
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clause", help="the mutants of one clause of spec/SPEC.md: S6, say")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, each in a copy of its own (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the matrix to this file")
-    parser.add_argument("--keep", action="store_true", help=f"keep the matrix in {RESULTS}")
+    parser.add_argument("--keep", action="store_true", help=f"keep what these mutants gave in {RESULTS}")
     return parser
 
 
