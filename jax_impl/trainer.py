@@ -41,6 +41,7 @@ class Trainer:
         self.leaves = params.leaves(recipe.model, dataset.input_shape, outputs)
         self.train_split = self._put(dataset.train)
         self.test_split = self._put(dataset.test) if dataset.test else None
+        self._position = (1, 0)
         self._test_labels = dataset.test.labels if dataset.test else None
         start = time.perf_counter()
         with precision_scope(recipe.precision):
@@ -79,15 +80,23 @@ class Trainer:
             trained, batch_stats = from_canonical(state, self.leaves, dtype=stored, device=self.device)
         self._state = self._state._replace(params=trained, batch_stats=batch_stats)
 
-    def train_epochs(self, epochs: int) -> Iterator[None]:
-        """Train without evaluating, an epoch at each `next`, and wait for the device: what `spec_tests.speed` times."""
-        for epoch in range(1, epochs + 1):
-            for _ in self._run_epoch(epoch, self.counts.steps_per_epoch):
-                pass
-            yield
+    def train(self, steps: int) -> None:
+        """Train `steps` steps on from where the last call stopped, over the ends of epochs, without evaluating, and
+        wait for the device: what a benchmark times."""
+        metrics = None
+        while steps > 0:
+            epoch, start = self._position
+            stop = min(start + steps, self.counts.steps_per_epoch)
+            self._state, metrics = self._run_steps(
+                self._state, self.train_split, self._order(epoch), _span(epoch, start, stop)
+            )
+            self._position = (epoch, stop) if stop < self.counts.steps_per_epoch else (epoch + 1, 0)
+            steps -= stop - start
+        if metrics:
+            _wait(metrics)
 
     def _run_epoch(self, epoch: int, steps_per_call: int) -> Iterator[StepsDone]:
-        order = self._put_array(epoch_order(self.recipe.seed, epoch, self.counts.num_examples).astype(np.int32))
+        order = self._order(epoch)
         waiting: tuple[Span, StepMetrics] | None = None
         for start in range(0, self.counts.steps_per_epoch, steps_per_call):
             span = _span(epoch, start, min(start + steps_per_call, self.counts.steps_per_epoch))
@@ -96,6 +105,9 @@ class Trainer:
                 yield _steps_done(*waiting)
             waiting = span, metrics
         yield _steps_done(*waiting)
+
+    def _order(self, epoch: int) -> jax.Array:
+        return self._put_array(epoch_order(self.recipe.seed, epoch, self.counts.num_examples).astype(np.int32))
 
     def _compile(self, graphdef: object) -> None:
         """Draw the initial state, and compile the two programs: an epoch's steps, and the evaluation."""

@@ -1,6 +1,6 @@
 """The lesson's own program: torchvision's data set, a shuffling DataLoader, a loop over batches, one process.
 
-`python -m torch_ref.lesson [--recipe NAME] [--epochs N]` trains an MLP recipe as the lesson does, with torch's own
+`python -m torch_ref.lesson [--recipe NAME] [--epochs N]` trains a recipe as the lesson does, with torch's own
 initialisation and order, and prints each epoch's training accuracy and the test accuracy. It is what speed is measured
 against, so nothing in it is tuned.
 """
@@ -8,7 +8,6 @@ against, so nothing in it is tuned.
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Iterator
 
@@ -20,15 +19,18 @@ from spec import recipe as recipes
 from spec.datasets import cache, sources
 from spec.datasets.catalog import IDX_SETS
 from spec.errors import RecipeError, run_program
-from spec.recipe import Recipe
-from torch_ref.models import ACTIVATIONS
+from spec.recipe import Loss, Recipe
+from torch_ref import models, optim
 from torch_ref.vision import torchvision
+
+IMAGE_SHAPE, NUM_CLASSES = (28, 28, 1), 10
+LOSS = Loss(name="cross_entropy", reduction="mean", label_smoothing=0.0)
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m torch_ref.lesson", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--recipe", default="mlp128", help="an MLP recipe on idx data (default: mlp128)")
+    parser.add_argument("--recipe", default="mlp128", help="a recipe on idx data (default: mlp128)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
@@ -43,23 +45,19 @@ def main() -> None:
 
 
 def network(recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return the recipe's MLP and its SGD; RecipeError for what the lesson's loop does not cover."""
-    if recipe.model.name != "mlp" or recipe.model.input_batchnorm or recipe.optimizer.name != "sgd":
-        raise RecipeError(f"{recipe.name} is not one of the lesson's plain MLPs with SGD; try mlp128 or mlp512")
-    sizes = (28 * 28, *recipe.model.hidden_sizes, 10)
-    linear = [nn.Linear(ins, outs, bias=recipe.model.bias) for ins, outs in itertools.pairwise(sizes)]
-    activations = [ACTIVATIONS[name]() for name in recipe.model.activations]
-    layers = [layer for pair in zip(linear, activations, strict=False) for layer in pair] + linear[-1:]
-    model = nn.Sequential(nn.Flatten(), *layers)
-    options = recipe.optimizer
-    return model, torch.optim.SGD(model.parameters(), lr=options.learning_rate, momentum=options.momentum)
+    """Return the recipe's network as torch draws it, and its update rule."""
+    model = models.network(recipe.model, IMAGE_SHAPE, NUM_CLASSES)
+    return model, optim.optimizer(recipe, model.parameters())
 
 
 def batches(recipe: Recipe, *, train: bool) -> DataLoader:
     """Return the lesson's DataLoader over torchvision's data set in the shared cache."""
     idx_set = IDX_SETS.get(recipe.data.name)
-    if idx_set is None:
-        raise RecipeError(f"{recipe.name} reads {recipe.data.name}; the lesson's loop reads fashion_mnist and mnist")
+    if idx_set is None or recipe.loss != LOSS:
+        raise RecipeError(
+            f"{recipe.name} reads {recipe.data.name} and minimises {recipe.loss.name}, {recipe.loss.reduction}; the "
+            "lesson's loop reads fashion_mnist and mnist and minimises the mean cross_entropy; try mlp128"
+        )
     sources.ensure(idx_set)
     transforms = torchvision.transforms
     steps = [transforms.ToTensor()]

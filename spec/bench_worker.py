@@ -1,0 +1,113 @@
+"""What a benchmark times: programs that train one recipe, each in a process of its own, one at work at a time.
+
+A process of its own gives each program its own threads, memory and compiler, so none is slowed by what another left.
+The driver writes one request a line, a JSON object, to the worker's standard input, and reads one answer a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from spec.errors import UserError
+from spec.recipe import Recipe
+
+
+class Program(Protocol):
+    """A way to train a recipe."""
+
+    def first_losses(self, steps: int) -> list[float]:
+        """Return the mean losses of the first `steps` steps of a run of its own, without dropout, from the specified
+        initial state in the specified order (S2, S3): what shows that two programs do the same work."""
+
+    def train(self, steps: int) -> None:
+        """Train `steps` more steps, over the epochs' ends too, and wait until they are done."""
+
+
+def serve(make: Callable[[], Program]) -> None:
+    """Answer the driver's requests with the program that `make` returns, until there are no more.
+
+    Whatever a library prints goes to standard error: standard output is the answers'.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    start = time.perf_counter()
+    program = make()
+    _answer(answers, seconds=time.perf_counter() - start)
+    for line in sys.stdin:
+        request = json.loads(line)
+        start = time.perf_counter()
+        given = getattr(program, request["do"])(request["steps"])
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        _answer(answers, given=given, seconds=seconds, peak_bytes=peak)
+
+
+def _answer(answers: IO[str], **figures: Any) -> None:
+    answers.write(json.dumps(figures) + "\n")
+    answers.flush()
+
+
+class Worker:
+    """The driver's end of a worker's process."""
+
+    def __init__(self, name: str, process: subprocess.Popen, said: Path) -> None:
+        self.name = name
+        self._process = process
+        self._said = said
+        self.ready_seconds = self._read()["seconds"]
+        self.peak_bytes = 0
+
+    def first_losses(self, steps: int) -> list[float]:
+        """Return the program's `first_losses`."""
+        return self._ask("first_losses", steps)["given"]
+
+    def seconds(self, steps: int) -> float:
+        """Train `steps` steps; return the seconds that took, measured in the worker."""
+        return self._ask("train", steps)["seconds"]
+
+    def _ask(self, do: str, steps: int) -> dict:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"do": do, "steps": steps}) + "\n")
+            self._process.stdin.flush()
+        answer = self._read()
+        self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
+        return answer
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            said = self._said.read_text(errors="replace").strip().splitlines()
+            last = said[-1] if said else "nothing"
+            raise UserError(f"{self.name} ended with status {self._process.wait()}; it said: {last}")
+        return json.loads(line)
+
+
+@contextlib.contextmanager
+def worker(name: str, command: Sequence[str]) -> Iterator[Worker]:
+    """Run the body with a worker started by `command`; it ends with the body. UserError when it does not get ready."""
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w") as said:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, bufsize=1
+        )
+        try:
+            yield Worker(name, process, Path(folder) / "said")
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def without_dropout(recipe: Recipe) -> Recipe:
+    """Return the recipe with dropout of rate 0: masks are not the same in two frameworks."""
+    rate = 0.0 if recipe.model.name == "cnn" else None
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout=rate))

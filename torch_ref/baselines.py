@@ -1,0 +1,121 @@
+"""Ways to train a recipe with torch, for the benchmark: `python -m torch_ref.baselines WAY RECIPE` serves one.
+
+None is tuned beyond its name. `lesson` is the lesson's program, with torchvision's data set and a DataLoader; the
+others keep the tensors in memory and gather a batch a step: `eager` as it stands, `channels_last` with that memory
+layout, `compile` with the network through `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from spec import bench_worker, params
+from spec import recipe as recipes
+from spec.batches import count, epoch_order
+from spec.bench_worker import without_dropout
+from spec.errors import run_program
+from spec.recipe import Recipe
+from torch_ref import convert, data, lesson, models, optim
+from torch_ref.objective import example_losses
+
+WAYS = ("lesson", "eager", "channels_last", "compile")
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class InMemory:
+    """A plain loop over tensors in memory."""
+
+    def __init__(self, recipe: Recipe, way: str) -> None:
+        dataset = data.load(recipe.data)
+        self.recipe, self.way = recipe, way
+        self.counts = count(recipe, len(dataset.train.labels))
+        self.shape, self.outputs = dataset.input_shape, params.num_outputs(recipe, dataset.num_classes)
+        self.images, self.labels = data.preprocess(dataset, recipe.preprocessing, dtype=torch.float32)[0].tensors
+        if way == "channels_last":
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.network, self.optimizer = self._start(recipe)
+        self.coming = self._batches()
+
+    def first_losses(self, steps: int) -> list[float]:
+        """Return the losses of the first steps, without dropout."""
+        network, optimizer = self._start(without_dropout(self.recipe))
+        return [self._step(network, optimizer, *batch).item() for batch in itertools.islice(self._batches(), steps)]
+
+    def train(self, steps: int) -> None:
+        """Train `steps` more steps."""
+        for images, labels in itertools.islice(self.coming, steps):
+            self._step(self.network, self.optimizer, images, labels)
+
+    def _start(self, recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
+        network = models.network(recipe.model, self.shape, self.outputs)
+        leaves = params.leaves(recipe.model, self.shape, self.outputs)
+        convert.load_state(network, params.initial_state(leaves, recipe.init, recipe.seed))
+        if self.way == "channels_last":
+            network = network.to(memory_format=torch.channels_last)
+        optimizer = optim.optimizer(recipe, network.parameters())
+        network.train()
+        return torch.compile(network) if self.way == "compile" else network, optimizer
+
+    def _batches(self) -> Iterator[Batch]:
+        for epoch in itertools.count(1):
+            order = torch.from_numpy(epoch_order(self.recipe.seed, epoch, self.counts.num_examples))
+            for batch in order[: self.counts.examples_per_epoch].split(self.counts.batch_size):
+                yield self.images[batch], self.labels[batch]
+
+    def _step(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = example_losses(network(images), labels, self.recipe.loss).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+
+class Lesson:
+    """The lesson's loop over its DataLoader."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.loader = lesson.batches(recipe, train=True)
+        self.model, self.optimizer = lesson.network(recipe)
+        self.coming = itertools.chain.from_iterable(self.loader for _ in itertools.count())
+
+    def first_losses(self, steps: int) -> list[float]:
+        """Return the losses of the first steps, without dropout: the loader's data set in the specified order."""
+        recipe = without_dropout(self.recipe)
+        model, optimizer = lesson.network(recipe)
+        leaves = params.leaves(recipe.model, lesson.IMAGE_SHAPE, lesson.NUM_CLASSES)
+        convert.load_state(model, params.initial_state(leaves, recipe.init, recipe.seed))
+        order = epoch_order(recipe.seed, 1, len(self.loader.dataset)).tolist()
+        size, losses = recipe.batch_size, []
+        for start in range(0, steps * size, size):
+            images, labels = self.loader.collate_fn([self.loader.dataset[i] for i in order[start : start + size]])
+            model.train()
+            with torch.no_grad():
+                losses.append(nn.CrossEntropyLoss()(model(images), labels).item())
+            lesson.train_epoch(model, optimizer, [(images, labels)])
+        return losses
+
+    def train(self, steps: int) -> None:
+        """Train `steps` more steps."""
+        lesson.train_epoch(self.model, self.optimizer, itertools.islice(self.coming, steps))
+
+
+def main() -> None:
+    """Serve one way of training."""
+    parser = argparse.ArgumentParser(prog="python -m torch_ref.baselines", description=__doc__, allow_abbrev=False)
+    parser.add_argument("way", choices=WAYS)
+    parser.add_argument("recipe", help="a recipe's name or file")
+    arguments = parser.parse_args()
+    recipe = recipes.load(arguments.recipe)
+    bench_worker.serve(lambda: Lesson(recipe) if arguments.way == "lesson" else InMemory(recipe, arguments.way))
+
+
+if __name__ == "__main__":
+    run_program(main)
