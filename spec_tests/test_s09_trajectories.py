@@ -289,6 +289,14 @@ def test_a_run_that_is_not_in_step_exits_with_1(monkeypatch):
         ("--recipe digits --precision float16", "invalid choice: 'float16'"),
         ("--recipe digits --data-dir /nowhere", "leave it out"),
         (
+            "--recipe synthetic-3class --epochs 1 --json .",
+            "--json . is a directory; name a file",
+        ),
+        (
+            "--recipe synthetic-3class --epochs 1 --json README.md/file.json",
+            "--json README.md/file.json: README.md is a file, not a directory",
+        ),
+        (
             "--recipe synthetic-3class --epochs 1 --json /nowhere/file.json",
             "--json /nowhere/file.json: its directory does not exist",
         ),
