@@ -24,6 +24,7 @@ from spec.errors import RecipeError, did_you_mean
 
 MAX_SYNTHETIC_VALUES = 500_000_000
 RECIPES = resources.files("spec") / "recipes"
+SHOW_ALL = "a trainer's --list shows them all"
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -276,8 +277,8 @@ def load(name_or_path: str) -> Recipe:
         return parse(_read_mapping(path / "config.json" if os.path.isdir(path) else path), source=name_or_path)
     if name_or_path not in recipe_names():
         raise RecipeError(
-            f"recipe {name_or_path!r} does not exist{did_you_mean(name_or_path, recipe_names())}; "
-            "--list shows them all, and a path to a .toml file or a run's config.json works too"
+            f"no recipe has the name {name_or_path!r}{did_you_mean(name_or_path, recipe_names())}; {SHOW_ALL}, and a "
+            "path to a .toml file or to a run (runs/NAME) works too"
         )
     return parse(tomllib.loads((RECIPES / f"{name_or_path}.toml").read_text("utf-8")), source=name_or_path)
 
@@ -315,9 +316,7 @@ def _adapter() -> TypeAdapter[Recipe]:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         if not os.path.isfile(path):
-            raise RecipeError(
-                f"recipe file {path} does not exist; --list shows the recipes that ship with this package"
-            )
+            raise RecipeError(f"recipe file {path} does not exist; recipes have names, and {SHOW_ALL}")
         if path.stat().st_size > 1_000_000:
             raise RecipeError(f"recipe file {path} has over 1,000,000 bytes; a recipe is a short TOML file")
         text = path.read_text("utf-8")

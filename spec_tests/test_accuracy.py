@@ -232,7 +232,7 @@ def test_a_claim_without_its_runs_says_which_are_missing():
     results, experiments = made_up_measurements()
     del experiments["mlp128-rate-0.001-1-epoch"]
     row = [line for line in accuracy.claims_table(results, experiments).splitlines() if "lr 0.001" in line]
-    assert row == ['| "lr 0.001 shows no change in w" | not measured yet: mlp128-rate-0.001-1-epoch | - |']
+    assert row == ['| "lr 0.001 shows no change in w" | not measured yet: mlp128-rate-0.001-1-epoch | - | - |']
 
 
 def test_publishing_writes_the_tables_and_the_recipes_and_nothing_else(tmp_path):

@@ -165,7 +165,8 @@ def test_the_readmes_tables_are_those_of_the_results(name, module):
 
 
 RECIPES = [name for name in recipe.recipe_names() if name not in ("csv", "map-style")]  # these two need a user's data
-DECIDING = [name for name in RECIPES if "relu" in recipe.load(name).model.activations]
+MODELS = {name: recipe.load(name).model for name in RECIPES}
+DECIDING = [name for name, model in MODELS.items() if model.name == "cnn" or "relu" in model.activations]
 
 
 def test_every_kept_full_run_is_in_step():
@@ -178,7 +179,7 @@ def test_every_recipe_has_a_kept_whole_run_in_float64_and_forced_steps_in_float3
     reports = lockstep.longest(lockstep.load_results(ROOT), name)
     double, single = reports["float64"], reports["float32"]
     assert double["max_steps"] is double["max_epochs"] is None
-    assert double["held"]
+    assert double["held"] or recipe.load(name).optimizer.name == "adam"  # whose twin may part at once
     assert single["epochs"][-1]["forced"]["steps"] == single["epochs"][-1]["steps"]
     assert single["epochs"][-1]["steps"] >= min(double["epochs"][-1]["steps"], CNN_FEW_STEPS)
 

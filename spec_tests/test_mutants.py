@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -173,11 +179,36 @@ def test_a_copy_that_is_not_what_python_imports_is_refused(repository, monkeypat
         (["--clause", "S10"], "--clause S10: no mutant is of this clause; there are S1, S2"),
         (["--clause", "S4", "--only", "jax-uphill"], "--clause S4: none of jax-uphill is of this clause"),
         (["--jobs", "0"], "--jobs 0: must be 1 or more"),
+        (["--json", "."], r"--json \. is a directory; name a file"),
     ],
 )
 def test_a_mistake_is_named_with_its_mend(arguments, said):
     with pytest.raises(UserError, match=said):
         matrix.main(arguments)
+
+
+def test_the_mutants_of_a_clause_are_listed_without_running_anything(capsys):
+    matrix.main(["--clause", "S9", "--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == sum(mutant.clause == "S9" for mutant in MUTANTS)
+    assert "S9 torch-takes-the-callers-memory: torch's parameters are the caller's own arrays" in "\n".join(listed)
+
+
+def test_a_terminated_matrix_leaves_no_copy_behind(tmp_path):
+    command = [sys.executable, "-m", "spec_tests.mutants", "--only", "jax-uphill", "--jobs", "1"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        wait_for(lambda: list(tmp_path.glob("mutants-*/repository/pyproject.toml")))
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    assert list(tmp_path.glob("mutants-*")) == []
+
+
+def wait_for(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline, "nothing happened for two minutes"
+        time.sleep(0.05)
 
 
 def run_program(

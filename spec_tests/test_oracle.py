@@ -803,3 +803,46 @@ def test_a_float32_state_is_taken_as_it_is_and_answered_in_float64():
     first = oracle.gradients(MIXED, CROSS_ENTROPY, narrow, given.inputs.astype(np.float32), labels)
     second = oracle.gradients(MIXED, CROSS_ENTROPY, wide, given.inputs.astype(np.float32).astype(np.float64), labels)
     assert all(first[name].dtype == np.float64 and np.array_equal(first[name], second[name]) for name in second)
+
+
+def test_the_magnitude_of_a_gradient_is_the_sum_of_its_terms_sizes():
+    state = {"linear1.weight": np.zeros((2, 3)), "linear1.bias": np.zeros(2)}
+    passed = oracle.forward(mlp(), state, [[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]], train=True)
+    found = oracle.gradient_magnitudes(passed, np.array([[0.5, -0.5], [-0.25, 0.25]]))
+    assert found["linear1.weight"].tolist() == [[0.5 + 0.75, 1.0 + 1.0, 1.25]] * 2
+    assert found["linear1.bias"].tolist() == [0.75, 0.75]
+
+
+def test_no_gradient_behind_images_and_relus_is_larger_than_its_magnitude():
+    model = dataclasses.replace(recipe.load("cnn").model, channels=(2, 3), hidden_sizes=(5,), dropout=0.0)
+    leaves = params.leaves(model, (8, 8, 1), 4)
+    generator = np.random.default_rng(0)
+    state = {leaf.name: generator.uniform(0.1, 1, leaf.shape) for leaf in leaves}
+    passed = oracle.forward(model, state, generator.uniform(0, 1, (6, 8, 8, 1)), train=True)
+    by_logits = oracle.loss_gradient(passed.logits, generator.integers(0, 4, 6), CROSS_ENTROPY)
+    grads, magnitudes = oracle.backward(passed, by_logits), oracle.gradient_magnitudes(passed, by_logits)
+    assert set(magnitudes) == set(grads)
+    assert all((magnitudes[f"norm{i}.weight"] == magnitudes[f"norm{i}.bias"]).all() for i in (1, 2, 3))
+    for name, magnitude in magnitudes.items():
+        if name.startswith("norm") and name.endswith("weight"):
+            continue  # its x is taken as 1
+        assert (np.abs(grads[name]) <= magnitude + ORACLE_SUM).all(), name
+    assert np.abs(grads["conv1.bias"]).max() <= ORACLE_SUM < magnitudes["conv1.bias"].min()
+
+
+def test_the_magnitude_of_a_sum_adds_the_sizes_of_its_terms_and_its_bias():
+    state = {"linear1.weight": [[1.0, -2.0], [0.5, 0.0]], "linear1.bias": [-3.0, 0.25]}
+    passed = oracle.forward(mlp(), state, [[4.0, -1.0]], train=False)
+    found = oracle.sum_magnitudes(mlp(), state, [[4.0, -1.0]], passed)
+    assert {name: array.tolist() for name, array in found.items()} == {"linear1": [[4 + 2 + 3, 2 + 0.25]]}
+
+
+def test_the_magnitude_of_a_convolutions_sum_is_that_of_its_window():
+    model = dataclasses.replace(recipe.load("cnn").model, channels=(1,), hidden_sizes=(), dropout=0.0)
+    leaves = params.leaves(model, (2, 2, 1), 2)
+    state = {leaf.name: np.full(leaf.shape, -0.5) for leaf in leaves} | {"norm1.running_var": np.ones(1)}
+    images = np.array([[1.0, -2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
+    passed = oracle.forward(model, state, images, train=False)
+    found = oracle.sum_magnitudes(model, state, images, passed)
+    assert found["conv1"].tolist() == [[[[5.5, 5.5], [5.5, 5.5]]]]  # every window holds all four pixels
+    assert set(found) == {"conv1", "linear1"}

@@ -131,7 +131,7 @@ def test_a_broken_rule_is_refused_with_the_value_and_the_rule(changes, said):
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name():
-    with pytest.raises(RecipeError, match="recipe 'mpl128' does not exist \\(did you mean 'mlp128'\\?\\)"):
+    with pytest.raises(RecipeError, match="no recipe has the name 'mpl128' \\(did you mean 'mlp128'\\?\\)"):
         recipe.load("mpl128")
 
 

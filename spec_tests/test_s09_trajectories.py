@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from spec import datasets, recipe
 from spec.datasets.catalog import IDX_SETS
 from spec.errors import exit_status
+from spec.oracle.layers import BATCHNORM_EPSILON
 from spec.recipe import Recipe
 from spec_tests import tolerances
 from spec_tests.adapters import JaxAdapter, TorchAdapter
@@ -21,7 +23,7 @@ from spec_tests.assertions import assert_identical, assert_no_shared_memory, ass
 from spec_tests.conftest import made_up_images
 from spec_tests.lockstep import __main__ as lockstep
 from spec_tests.lockstep.report import Epoch, Forced, Verdict, judge
-from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs, decided_on, differing
+from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs, decided_on, deciding_scale, differing
 
 KINDS = ("mlp128", "sigmoid-mlp", "mlp128-batchnorm", "mnist-mlp256", "breast-cancer", "cnn")
 WHOLE_RUNS = [name for name in recipe.recipe_names() if name not in ("csv", "map-style", "cnn")]
@@ -143,6 +145,14 @@ def test_given_equal_decisions_every_step_agrees_after_the_flip():
     assert together.weight_difference <= PLANTED_TIE + tolerances.walk_bound(together.steps, np.float32)
     assert parted.weight_difference > 10 * together.weight_difference
     assert together.equal_predictions == 1
+
+
+def test_behind_batchnorm_the_scale_of_a_decision_grows_where_a_unit_hardly_moves():
+    still, moving = np.array([[1.0, -1.0], [1.0, 1.0]]), np.full((2, 2), 8.0)
+    activations = {"linear1": still, "norm1": still, "relu1": still, "linear2": moving, "relu2": moving}
+    sums = {"linear1": np.full((2, 2), 3.0), "linear2": np.full((2, 2), 5.0)}
+    assert deciding_scale(activations, sums, "relu2") == 5
+    assert deciding_scale(activations, sums, "relu1") == 3 / math.sqrt(BATCHNORM_EPSILON)
 
 
 def test_a_pool_decides_on_the_gap_between_the_two_largest_of_a_window():
@@ -288,6 +298,14 @@ def test_a_run_that_is_not_in_step_exits_with_1(monkeypatch):
         ("--recipe digits --steps -3", "--steps -3 is not 1 or more"),
         ("--recipe digits --precision float16", "invalid choice: 'float16'"),
         ("--recipe digits --data-dir /nowhere", "leave it out"),
+        (
+            "--recipe synthetic-3class --epochs 1 --json .",
+            "--json . is a directory; name a file",
+        ),
+        (
+            "--recipe synthetic-3class --epochs 1 --json README.md/file.json",
+            "--json README.md/file.json: README.md is a file, not a directory",
+        ),
         (
             "--recipe synthetic-3class --epochs 1 --json /nowhere/file.json",
             "--json /nowhere/file.json: its directory does not exist",

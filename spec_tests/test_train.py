@@ -216,7 +216,7 @@ def test_quiet_prints_the_last_line_alone(trainer_command, tmp_path):
         ("--seed -1", "seed -1"),
         ("--data-source web", "web"),
         ("--data.name csv", "data.path is missing"),
-        ("--recipe csv", "data.path is empty; name a CSV file with --data.path FILE"),
+        ("--recipe csv", "data.path is empty; name a CSV file: --data.path FILE"),
         ("--recipe map-style", "data.path is empty; name a data set with --data.path module:object"),
         ("--name a/b", "name 'a/b': must be lower-case letters, digits and hyphens"),
         ("--recipe csv --data.path nowhere.csv", "nowhere.csv does not exist"),

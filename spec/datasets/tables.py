@@ -54,9 +54,12 @@ def load_csv(data: Data) -> Dataset:
     """
     path = Path(data.path).expanduser()
     if data.path == "":
-        raise DataError("data.path is empty; name a CSV file with --data.path FILE")
+        raise DataError(
+            "data.path is empty; name a CSV file: --data.path FILE for a trainer, data.path in a recipe file"
+        )
     if not os.path.isfile(path):
-        raise DataError(f"{path} does not exist or is no file; name a CSV file with --data.path FILE")
+        what = "is a directory" if os.path.isdir(path) else "does not exist"
+        raise DataError(f"{path} {what}; name a CSV file with --data.path FILE")
     table = _read_table(path)
     if table.shape[1] < 2:
         raise DataError(f"{path} has one column; it needs one feature at least, and the label in the last column")

@@ -4,7 +4,7 @@ from spec.oracle.closed_forms import softmax_regression_gradients, two_layer_bin
 from spec.oracle.functions import sigmoid, softmax
 from spec.oracle.losses import example_losses, loss_gradient, predictions
 from spec.oracle.metrics import accuracy, weighted_mean
-from spec.oracle.network import Forward, backward, forward, gradients, layer_names, output_gradients
+from spec.oracle.network import Forward, backward, forward, gradient_magnitudes, gradients, layer_names, sum_magnitudes
 from spec.oracle.optimizers import initial_opt_state, learning_rate, update
 from spec.oracle.training import train_step
 
@@ -14,16 +14,17 @@ __all__ = [
     "backward",
     "example_losses",
     "forward",
+    "gradient_magnitudes",
     "gradients",
     "initial_opt_state",
     "layer_names",
     "learning_rate",
     "loss_gradient",
-    "output_gradients",
     "predictions",
     "sigmoid",
     "softmax",
     "softmax_regression_gradients",
+    "sum_magnitudes",
     "train_step",
     "two_layer_binary_gradients",
     "update",

@@ -53,9 +53,7 @@ def forward(
     names = layer_names(model)
     if unknown := [name for name in given if name not in names or _kind(name) not in ("relu", "pool", "dropout")]:
         raise ValueError(f"decisions name {unknown[0]!r}, which decides nothing; the layers are {', '.join(names)}")
-    hidden = np.asarray(inputs, np.float64)
-    if hidden.ndim == 4:
-        hidden = hidden.transpose(0, 3, 1, 2)  # a flattened image runs channel, row, column
+    hidden = _channels_first(inputs)
     activations, batch_stats, decided, tape = {}, {}, {}, []
     for name in names:
         own = _own_leaves(state, name)
@@ -89,17 +87,37 @@ def backward(passed: Forward, logits_grad: np.ndarray) -> dict[str, np.ndarray]:
     return grads
 
 
-def output_gradients(passed: Forward, logits_grad: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the gradient by the output of every layer, in the shape of its activation.
+def sum_magnitudes(
+    model: Model, state: Mapping[str, ArrayLike], inputs: ArrayLike, passed: Forward
+) -> dict[str, np.ndarray]:
+    """Return sum |w x| + |b| for every output of every linear layer and convolution of the pass: what its sum may be
+    off is in proportion to that, however small the sum itself is (S12.4)."""
+    magnitudes: dict[str, np.ndarray] = {}
+    hidden = _channels_first(inputs)
+    for name, output in passed.activations.items():
+        if _kind(name) in ("linear", "conv"):
+            own = {leaf: np.abs(value) for leaf, value in _own_leaves(state, name).items()}
+            magnitudes[name] = _apply(model, name, own, np.abs(hidden), train=False, given=None).output
+        hidden = output
+    return magnitudes
 
-    A bias's gradient is its sum over the batch and the pixels; the sum of its absolute values says how much cancels.
+
+def gradient_magnitudes(passed: Forward, logits_grad: np.ndarray) -> dict[str, np.ndarray]:
+    """Return, for every trained leaf, the sum of |g x| where its gradient is the sum of g x (S12.4).
+
+    It says how much of the gradient cancels. x is 1 for a bias. It is not negative for a weight behind an image or a
+    relu; behind anything else what is returned is less than the sum, and a bound made of it stricter. For BatchNorm's
+    scale x has mean square 1, and is taken as 1.
     """
-    grads: dict[str, np.ndarray] = {}
+    magnitudes: dict[str, np.ndarray] = {}
     grad = logits_grad
     for name, back in reversed(passed.tape):
-        grads[name] = grad
+        _, own = back(np.abs(grad))
+        if _kind(name) == "norm":
+            own["weight"] = own["bias"]
+        magnitudes |= {f"{name}.{leaf}": value for leaf, value in own.items()}
         grad, _ = back(grad)
-    return grads
+    return magnitudes
 
 
 def gradients(
@@ -132,6 +150,11 @@ def _cnn_names(model: Model) -> Iterator[str]:
         later = convolutions + index
         yield from (f"linear{index}", f"norm{later}", f"relu{later}", f"dropout{index}")
     yield f"linear{len(model.hidden_sizes) + 1}"
+
+
+def _channels_first(inputs: ArrayLike) -> np.ndarray:
+    inputs = np.asarray(inputs, np.float64)
+    return inputs.transpose(0, 3, 1, 2) if inputs.ndim == 4 else inputs  # a flattened image runs channel, row, column
 
 
 def _kind(name: str) -> str:

@@ -32,7 +32,11 @@ def main() -> None:
     _measure(arguments, _experiment_runs(arguments), experiments, kept.EXPERIMENTS)
     if arguments.publish:
         publish(Path())
-    print(table(results), claims_table(results, experiments), sep="\n\n")
+    named = {run.key for run in _recipe_runs(arguments)}
+    if named or not arguments.experiment:
+        print(table({key: result for key, result in results.items() if key in named or not named}))
+    if not named:
+        print("", claims_table(results, experiments), sep="\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -95,7 +99,11 @@ def _runs(arguments: argparse.Namespace, key: str, flags: tuple[str, ...]) -> It
 
 def _measure(arguments: argparse.Namespace, runs: Iterator[Run], results: Results, file: Path) -> None:
     """Make the runs that are missing, `--jobs` at once; put each into `results` as it ends, and keep it if asked to."""
-    missing = [run for run in runs if not kept.has(results, run) or arguments.again]
+    asked = list(runs)
+    missing = [run for run in asked if not kept.has(results, run) or arguments.again]
+    if there := len(asked) - len(missing):
+        said = f"{there} of {len(asked)} runs are kept in {file} and not made again; --again makes them"
+        print(said, file=sys.stderr)
     pool = ThreadPoolExecutor(arguments.jobs)
     try:
         started = {

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from spec import recipe as recipes
 from spec.errors import UserError, require, run_program
-from spec.files import write_atomic
+from spec.files import check_target, write_atomic
 from spec.recipe import Recipe
 from spec_tests.lockstep.report import Epoch, judge
 from spec_tests.lockstep.results import RESULTS, key, load_results
@@ -32,7 +32,9 @@ def main() -> None:
     pair = Pair.of(recipe, datasets.load(recipe.data, data_dir=arguments.data_dir))
     shared, double = arguments.share_gates, recipe.precision == "float64"
     console.print(f"{recipe.name}, {recipe.precision}: {recipe.description}", markup=False)
-    console.print(f"{pair.counts.steps:,} steps; {backends()}", markup=False)
+    console.print(
+        f"{_extent(arguments.steps, pair.counts.steps)}{', gates shared' if shared else ''}; {backends()}", markup=False
+    )
     start = time.perf_counter()
     steps = None
     if shared or arguments.steps or recipe.model.dropout or not double:
@@ -90,14 +92,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"--json {arguments.json}: its directory does not exist; make it first")
+    if arguments.json:
+        check_target(arguments.json, flag="--json")
     for name in ("epochs", "steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name} {value} is not 1 or more; leave it out for the recipe's own")
+            raise UserError(f"--{name} {value} is not 1 or more; leave it out for all of the recipe's")
     loaded = recipes.load(arguments.recipe)
     return dataclasses.replace(loaded, precision=arguments.precision, epochs=arguments.epochs or loaded.epochs)
+
+
+def _extent(asked: int | None, all_steps: int) -> str:
+    return f"{min(asked, all_steps):,} of {all_steps:,} steps" if asked else f"{all_steps:,} steps"
 
 
 def _line(epoch: Epoch, recipe: Recipe) -> str:

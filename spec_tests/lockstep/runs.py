@@ -163,12 +163,12 @@ class Forcing:
         )
         ours, theirs, truth = (self._results(state, *side) for side in sides)
         terms = self.pair.network.longest_sum(len(labels))
-        magnitudes = self._bias_magnitudes(images, labels, decisions, state, int(opt_state["step"]))
+        passed = oracle.forward(self.pair.recipe.model, state, images, train=True, decisions=decisions)
+        magnitudes = self._magnitudes(passed, labels, int(opt_state["step"]))
         precision = self.pair.recipe.precision
         ratios = error_ratios(ours, theirs, truth, terms=terms, dtype=precision, magnitudes=magnitudes)
         leaf = max(ratios, key=ratios.get)
-        layers = {layer for layer, _ in flips}
-        bounds = {layer: flip_bound(terms, deciding_scale(own.activations, layer)) for layer in layers}
+        bounds = self._flip_bounds({layer for layer, _ in flips}, terms, state, images, passed)
         worse = ratios[leaf] > self.report.worst_ratio
         self.report = Forced(
             steps=self.report.steps + 1,
@@ -181,23 +181,25 @@ class Forcing:
             ),
         )
 
-    def _bias_magnitudes(self, images, labels, decisions: Arrays, state: Arrays, step: int) -> dict[str, float]:
-        """Return sum |g| of every bias of a network with BatchNorm, where the sum itself nearly cancels (S5.4)."""
+    def _flip_bounds(
+        self, layers: set[str], terms: int, state: Arrays, images: np.ndarray, passed: oracle.Forward
+    ) -> dict[str, float]:
+        """Return how far from undecided a decision of each of these layers may be that flips (S9.6)."""
+        if not layers:
+            return {}
+        sums = oracle.sum_magnitudes(self.pair.recipe.model, state, images, passed)
+        return {layer: flip_bound(terms, deciding_scale(passed.activations, sums, layer)) for layer in layers}
+
+    def _magnitudes(self, passed: oracle.Forward, labels: np.ndarray, step: int) -> dict[str, float]:
+        """Return the largest sum |g x| of each leaf of a network with BatchNorm, where sums nearly cancel (S5.4)."""
         recipe, network = self.pair.recipe, self.pair.network
         if not any(leaf.role == "scale" for leaf in network.leaves):
             return {}
-        passed = oracle.forward(recipe.model, state, images, train=True, decisions=decisions)
-        grads = oracle.output_gradients(passed, oracle.loss_gradient(passed.logits, labels, recipe.loss))
+        summed = oracle.gradient_magnitudes(passed, oracle.loss_gradient(passed.logits, labels, recipe.loss))
         rate = oracle.learning_rate(recipe, step // network.steps_per_epoch + 1)
-        magnitudes = {}
-        for leaf in network.leaves:
-            layer, _, kind = leaf.name.partition(".")
-            if kind == "bias":
-                size = np.abs(grads[layer])
-                sums = size.sum() if leaf.shape == (1,) else size.sum(axis=(0, *range(2, size.ndim)))
-                magnitudes[f"update.{leaf.name}"] = rate * float(np.max(sums))
-                magnitudes[f"momentum_buffer.{leaf.name}"] = float(np.max(sums))
-        return magnitudes
+        sizes = {name: float(np.abs(values).max()) for name, values in summed.items()}
+        buffers = {f"momentum_buffer.{name}": size for name, size in sizes.items()}
+        return buffers | {f"update.{name}": rate * size for name, size in sizes.items()}
 
     def _results(self, before: Arrays, state: Arrays, opt_state: Arrays) -> Arrays:
         """Return all that a step made: the state, the buffers, and with SGD what was added to each trained leaf.
@@ -235,19 +237,19 @@ def decided_on(activations: Arrays, layer: str, place: tuple[int, ...]) -> float
     return float(first - second)
 
 
-def deciding_scale(activations: Arrays, layer: str) -> float:
-    """Return the largest value that went into the decisions of `layer`, in the unit they are made in.
+def deciding_scale(activations: Arrays, sums: Arrays, layer: str) -> float:
+    """Return the largest sum of sizes that went into a decision of `layer`, in the unit it is made in.
 
-    Behind a BatchNorm that is max|x| / sqrt(var + eps), by channel: subtracting the mean leaves the rounding of x.
+    `sums` holds sum |w x| + |b| of every layer that sums (`oracle.sum_magnitudes`). Behind a BatchNorm it is divided by
+    the channel's sqrt(var + eps), for that is how much the rounding of the sum grows there.
     """
     before = list(activations)[: list(activations).index(layer)]
-    while before and not before[-1].startswith(("norm", "linear", "conv")):
-        before.pop()
-    if not before[-1].startswith("norm"):
-        return float(np.abs(activations[before[-1]]).max())
-    x = activations[before[-2]]
-    axes = (0, *range(2, x.ndim))
-    return float((np.abs(x).max(axis=axes) / np.sqrt(x.var(axis=axes) + BATCHNORM_EPSILON)).max())
+    summing = next(name for name in reversed(before) if name in sums)
+    axes = (0, *range(2, sums[summing].ndim))
+    largest = sums[summing].max(axis=axes)
+    if not any(name.startswith("norm") for name in before[before.index(summing) :]):
+        return float(largest.max())
+    return float((largest / np.sqrt(activations[summing].var(axis=axes) + BATCHNORM_EPSILON)).max())
 
 
 def _input(activations: Arrays, layer: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spec.errors import UserError, did_you_mean, run_program
-from spec.files import write_atomic
+from spec.files import check_target, write_atomic
 from spec_tests.markdown import markdown_table
 from spec_tests.mutants.catalogue import MUTANTS, Mutant
 from spec_tests.mutants.runner import Outcome, Selection, run_baseline, run_mutants
@@ -33,10 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parser().parse_args(arguments)
     if flags.jobs < 1:
         raise UserError(f"--jobs {flags.jobs}: must be 1 or more")
-    if flags.json and not flags.json.absolute().parent.is_dir():
-        raise UserError(f"--json {flags.json}: its directory does not exist; make it first")
+    if flags.json:
+        check_target(flags.json, flag="--json")
     chosen = choose(MUTANTS, names=flags.only, clause=flags.clause)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+    if flags.list:
+        console.print("\n".join(f"{one.clause} {one.name}: {one.says}" for one in chosen), markup=False)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the copies are removed
     if not baseline_passes(chosen, flags.jobs, console):
         console.print("the unmutated copy fails its own tests: mend them first")
         sys.exit(1)
@@ -56,7 +61,7 @@ def choose(mutants: Sequence[Mutant], *, names: Sequence[str] | None, clause: st
     known = [mutant.name for mutant in mutants]
     for name in names or ():
         if name not in known:
-            raise UserError(f"--only {name}: no mutant has this name{did_you_mean(name, known)}")
+            raise UserError(f"--only {name}: no mutant has this name{did_you_mean(name, known)}; --list shows them all")
     clauses = list(dict.fromkeys(mutant.clause for mutant in mutants))
     if clause is not None and clause not in clauses:
         raise UserError(f"--clause {clause}: no mutant is of this clause; there are {', '.join(clauses)}")
@@ -157,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m spec_tests.mutants", description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants alone")
     parser.add_argument("--clause", help="the mutants of one clause of spec/SPEC.md: S6, say")
+    parser.add_argument("--list", action="store_true", help="name the mutants and what is wrong in each, run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time, each in a copy of its own (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the matrix to this file")
     parser.add_argument("--keep", action="store_true", help=f"keep what these mutants gave in {RESULTS}")
