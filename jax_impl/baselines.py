@@ -1,4 +1,4 @@
-"""Ways to train a recipe on JAX, for the benchmark: `python -m jax_impl.baselines WAY RECIPE` serves one.
+"""Programs that train a recipe on JAX, for the benchmark: `python -m jax_impl.baselines NAME RECIPE` serves one.
 
 `ours` is `jax_impl.trainer`'s epoch program. `stock` is the loop that Flax's own documentation shows: its modules, its
 optimiser and metrics, one `nnx.jit` a step, batches gathered by NumPy. `keras` is Keras 3 on the JAX backend, `fit` on
@@ -18,17 +18,14 @@ import optax
 from flax import nnx
 
 from jax_impl.convert import from_canonical
-from jax_impl.objective import example_losses
 from jax_impl.parallel import select_device
-from jax_impl.trainer import Trainer, precision_scope
+from jax_impl.trainer import Trainer
 from spec import bench_worker, datasets, params
 from spec import recipe as recipes
 from spec.batches import count, epoch_order
 from spec.bench_worker import without_dropout
 from spec.errors import require, run_program
 from spec.recipe import Model, Recipe
-
-WAYS = ("ours", "stock", "keras")
 
 
 class Ours:
@@ -246,16 +243,16 @@ PROGRAMS = {"ours": Ours, "stock": Stock, "keras": Keras}
 
 
 def main() -> None:
-    """Serve one way of training."""
+    """Serve one of them."""
     parser = argparse.ArgumentParser(prog="python -m jax_impl.baselines", description=__doc__, allow_abbrev=False)
-    parser.add_argument("way", choices=PROGRAMS)
+    parser.add_argument("name", choices=PROGRAMS)
     parser.add_argument("recipe", help="a recipe's name or file")
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
-    if arguments.way == "keras":
+    if arguments.name == "keras":
         require("keras", extra="keras")
         os.environ["KERAS_BACKEND"] = "jax"
-    bench_worker.serve(lambda: PROGRAMS[arguments.way](recipe))
+    bench_worker.serve(lambda: PROGRAMS[arguments.name](recipe))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""`python -m jax_impl.bench`: our epoch beside other ways to train the same recipe, in turn, on this machine.
+"""`python -m jax_impl.bench`: our epoch beside other programs that train the same recipe, in turn, on this machine.
 
-Each way is a process of its own; they take turns, so that the machine's drift meets all alike, and what is reported are
-ratios, pair by pair. Before that each way must show the same first losses. Compile time is apart. The floor is the
-operations of the products (`spec.flops`) over the machine's own float32 matmul peak, measured beside; efficiency is
-floor over time.
+Each program is a process of its own. They take turns, so that the machine's drift meets all alike, and what is reported
+are ratios, turn by turn. Before that each must show our first losses. Getting ready, compilation included, is apart.
+The floor is the operations of the products (`spec.flops`) over the machine's own float32 matmul peak, measured beside;
+efficiency is floor over time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -18,9 +17,11 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,201 +33,254 @@ from spec import recipe as recipes
 from spec.batches import count
 from spec.bench_worker import Worker, worker
 from spec.errors import UserError, did_you_mean, require, run_program
-from spec.files import write_atomic
+from spec.files import check_target, write_atomic
+from spec.markdown import markdown_table
+from spec.recipe import Recipe
 
-WAYS = {
-    "lesson": ("torch_ref.baselines", "the lesson's torch program: torchvision, DataLoader"),
-    "eager": ("torch_ref.baselines", "torch, tensors in memory"),
-    "channels_last": ("torch_ref.baselines", "the same, channels last"),
-    "compile": ("torch_ref.baselines", "the same through torch.compile"),
-    "stock": ("jax_impl.baselines", "the loop of Flax's documentation"),
-    "keras": ("jax_impl.baselines", "Keras 3 on the JAX backend, fit"),
+BASELINES = {
+    "lesson": "the lesson's torch program: torchvision, DataLoader",
+    "eager": "torch, tensors in memory",
+    "channels_last": "torch, in memory, channels last",
+    "compile": "torch.compile, in memory",
+    "stock": "the loop of Flax's documentation",
+    "keras": "Keras 3 on the JAX backend, fit",
 }
-NEEDS = {"torch_ref.baselines": ("torch", "torch"), "keras": ("keras", "keras")}
+ON_JAX = ("ours", "stock", "keras")
+RESULTS = Path("results") / "bench.json"
 CHECKED_STEPS = 20
-# Losses of size 1 over 20 steps: relu networks have not parted yet (S9.6), a CNN may have by a pool's tie.
+# Over so few steps an MLP's losses differ by rounding; a CNN's may by a tie of its pools besides (S9.6).
 LOSS_TOLERANCE = 1e-3
 PACKAGES = ("jax", "flax", "torch", "keras")
-WIDTH = 170  # of the table where no terminal says how wide it is
+WIDTH = 150  # of the table where no terminal says how wide it is
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
-    """The times of one way beside ours: seconds a turn, (theirs, ours); what starting took; the most memory, bytes."""
-
-    way: str
-    pairs: list[tuple[float, float]]
-    ready_seconds: float
-    peak_bytes: int
-
-    @property
-    def ratios(self) -> list[float]:
-        """Their time over ours, turn by turn."""
-        return [theirs / ours for theirs, ours in self.pairs]
 
 
 def main() -> None:
     """Run the command line."""
     flags = _parser().parse_args()
-    recipe, ways = recipes.load(flags.recipe), flags.against or _ways_here()
-    _check(flags, ways)
-    dataset = datasets.load(recipe.data)
-    counts = count(recipe, len(dataset.train.labels))
-    steps = flags.steps or counts.steps_per_epoch
-    examples = steps * recipe.batch_size
-    operations = flops.training_flops(
-        recipe.model, dataset.input_shape, params.num_outputs(recipe, dataset.num_classes)
-    )
-    console.print(
-        f"{recipe.name}: {flags.pairs} turns of {steps:,} steps, {operations * examples / 1e9:,.1f} GFLOP each"
-    )
-    with contextlib.ExitStack() as stack:
-        ours, *others = (stack.enter_context(worker(way, command(way, flags.recipe))) for way in ("ours", *ways))
-        check_equal_work(ours, others)
-        measured, peaks = interleave(ours, others, steps, flags.pairs)
-    report = {
-        "recipe": recipe.name,
-        "steps": steps,
-        "flops": operations * examples,
-        "peak_flops_per_second": peaks,
-        "ours": {"ready_seconds": ours.ready_seconds, "peak_bytes": ours.peak_bytes},
-        "ways": [dataclasses.asdict(one) for one in measured],
-        **_origin(),
-    }
+    recipe = recipes.load(flags.recipe)
+    _check(flags, recipe)
+    report = (compare_processes if flags.process else compare)(recipe, flags)
     show(report)
     if flags.json:
-        write_atomic(flags.json, (json.dumps(report, indent=1) + "\n").encode())
+        _write(flags.json, report)
     if flags.chart:
         chart(report, flags.chart)
+    if flags.keep:
+        RESULTS.parent.mkdir(exist_ok=True)
+        _write(RESULTS, dict(sorted((load_results() | {key(report): report}).items())))
 
 
-def command(way: str, recipe: str) -> list[str]:
-    """Return the command that starts a way's worker."""
-    module = "jax_impl.baselines" if way == "ours" else WAYS[way][0]
-    return [sys.executable, "-m", module, way, recipe]
+def compare(recipe: Recipe, flags: argparse.Namespace) -> dict:
+    """Return the report of the programs' turns: `steps` steps each, after one turn that does not count."""
+    steps, operations = extent(recipe, flags.steps)
+    with contextlib.ExitStack() as stack:
+        programs = [stack.enter_context(worker(name, command(name, flags.recipe))) for name in ("ours", *flags.against)]
+        check_equal_work(*programs)
+        turns, peaks = take_turns(programs, steps, flags.pairs)
+        ready = {program.name: program.ready_seconds for program in programs}
+        memory = {program.name: program.peak_bytes for program in programs}
+    return {
+        "recipe": recipe.name,
+        "steps": steps,
+        "flops": operations,
+        "matmul_flops_per_second": peaks,
+        "seconds": {name: [turn[name] for turn in turns] for name in ready},
+        "ready_seconds": ready,
+        "peak_bytes": memory,
+        **origin(),
+    }
 
 
-def check_equal_work(ours: Worker, others: Sequence[Worker]) -> None:
-    """Raise UserError unless every way gives our first losses, each within float32's rounding over so many steps."""
+def compare_processes(recipe: Recipe, flags: argparse.Namespace) -> dict:
+    """Return the report of whole processes, ours and the lesson's in turn: all epochs of the recipe, start and end."""
+    seconds: dict[str, list[float]] = {"ours": [], "lesson": []}
+    for turn in range(flags.pairs):
+        for name, module in (("lesson", "torch_ref.lesson"), ("ours", "jax_impl.train")):
+            seconds[name].append(_whole_process(module, flags.recipe, out=name == "ours"))
+        console.print(
+            f"turn {turn + 1} of {flags.pairs}: {_said({name: taken[-1] for name, taken in seconds.items()})}"
+        )
+    return {"recipe": recipe.name, "process": True, "seconds": seconds, **origin()}
+
+
+def extent(recipe: Recipe, steps: int | None) -> tuple[int, int]:
+    """Return the steps of a turn, an epoch's unless given, and the operations of their products."""
+    dataset = datasets.load(recipe.data)
+    counts = count(recipe, len(dataset.train.labels))
+    examples = steps * recipe.batch_size if steps else counts.examples_per_epoch
+    outputs = params.num_outputs(recipe, dataset.num_classes)
+    return steps or counts.steps_per_epoch, examples * flops.training_flops(recipe.model, dataset.input_shape, outputs)
+
+
+def command(name: str, recipe: str) -> list[str]:
+    """Return the command that starts a program's worker."""
+    return [sys.executable, "-m", "jax_impl.baselines" if name in ON_JAX else "torch_ref.baselines", name, recipe]
+
+
+def check_equal_work(ours: Worker, *others: Worker) -> None:
+    """Raise UserError unless every program gives our first losses."""
     expected = ours.first_losses(CHECKED_STEPS)
     for other in others:
-        found = other.first_losses(CHECKED_STEPS)
-        for step, (one, two) in enumerate(zip(expected, found, strict=True)):
+        for step, (one, two) in enumerate(zip(expected, other.first_losses(CHECKED_STEPS), strict=True)):
             if not math.isclose(one, two, rel_tol=LOSS_TOLERANCE):
-                raise UserError(f"{other.name} does other work: its loss at step {step} is {two:.6f}, ours {one:.6f}")
-        console.print(f"{other.name}: the first {CHECKED_STEPS} losses are ours")
+                raise UserError(
+                    f"{other.name} does other work: its loss at step {step} is {two:.6f}, ours {one:.6f}; "
+                    "nothing was timed"
+                )
+    console.print(f"the first {CHECKED_STEPS} losses of all {len(others) + 1} programs are the same")
 
 
-def interleave(ours: Worker, others: Sequence[Worker], steps: int, turns: int) -> tuple[list[Measured], list[float]]:
-    """Return each way's times beside ours, and the matmul peak at every turn, FLOP/s. One turn first is not counted."""
-    times: dict[str, list[float]] = {one.name: [] for one in (ours, *others)}
-    peaks = []
+def take_turns(programs: Sequence[Worker], steps: int, turns: int) -> tuple[list[dict[str, float]], list[float]]:
+    """Return every turn's seconds by program, and the matmul rate at each, FLOP/s. A first turn is not counted."""
+    taken, peaks = [], []
     for turn in range(turns + 1):
-        taken = {one.name: one.seconds(steps) for one in (ours, *others)}
+        seconds = {program.name: program.seconds(steps) for program in programs}
+        console.print(f"{f'turn {turn} of {turns}' if turn else 'warming up'}: {_said(seconds)}")
         if turn:
-            peaks.append(matmul_peak())
-            for name, seconds in taken.items():
-                times[name].append(seconds)
-        said = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in taken.items())
-        console.print(f"turn {turn} of {turns}: {said}" + ("" if turn else " (not counted)"))
-    measured = [
-        Measured(
-            way=other.name,
-            pairs=list(zip(times[other.name], times[ours.name], strict=True)),
-            ready_seconds=other.ready_seconds,
-            peak_bytes=other.peak_bytes,
-        )
-        for other in others
-    ]
-    return measured, peaks
+            taken.append(seconds)
+            peaks.append(matmul_rate())
+    return taken, peaks
 
 
-def matmul_peak(size: int = 2048) -> float:
+def matmul_rate(size: int = 2048) -> float:
     """Return the machine's float32 matmul rate, FLOP/s: the best of five products of [size, size]."""
-    one = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    square = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
     best = math.inf
     for _ in range(5):
         start = time.perf_counter()
-        one @ one
+        square @ square
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
+def ratios(report: Mapping, name: str) -> list[float]:
+    """Return a program's time over ours, turn by turn."""
+    return [theirs / ours for theirs, ours in zip(report["seconds"][name], report["seconds"]["ours"], strict=True)]
+
+
 def efficiency(report: Mapping) -> float:
-    """Return floor over time: the operations' time at the machine's best matmul rate, over our median turn."""
-    ours = statistics.median(pair[1] for way in report["ways"] for pair in way["pairs"])
-    return report["flops"] / max(report["peak_flops_per_second"]) / ours
+    """Return floor over time: the operations at the machine's best matmul rate, over our median turn."""
+    return report["flops"] / max(report["matmul_flops_per_second"]) / statistics.median(report["seconds"]["ours"])
 
 
 def show(report: Mapping) -> None:
-    """Print the table: medians (smallest to largest)."""
-    table = Table("way", "what", "theirs, s", "ours, s", "ratio", "ready in, s", "memory, MB")
-    for way in report["ways"]:
-        theirs, ours = zip(*way["pairs"], strict=True)
-        ratios = [one / other for one, other in way["pairs"]]
-        figures = [_range(theirs, 3), _range(ours, 3), f"[bold]{_range(ratios, 2)}[/]", f"{way['ready_seconds']:.1f}"]
-        table.add_row(way["way"], WAYS[way["way"]][1], *figures, f"{way['peak_bytes'] / 1e6:,.0f}")
-    own = report["ours"]
-    table.add_row(
-        "ours", "the epoch program", "", "", "", f"{own['ready_seconds']:.1f}", f"{own['peak_bytes'] / 1e6:,.0f}"
-    )
+    """Print the report: medians, and in brackets the smallest and the largest."""
+    table = Table("program", "what", "seconds", "over ours", "ready in, s", "memory, MB")
+    for name, seconds in report["seconds"].items():
+        what = BASELINES.get(name, "the epoch program of jax_impl")
+        over = "1" if name == "ours" else f"[bold]{_range(ratios(report, name), 2)}[/]"
+        ready = f"{report['ready_seconds'][name]:.1f}" if "ready_seconds" in report else "-"
+        memory = f"{report['peak_bytes'][name] / 1e6:,.0f}" if "peak_bytes" in report else "-"
+        table.add_row(name, what, _range(seconds, 3), over, ready, memory)
     console.print(table)
-    rate = max(report["peak_flops_per_second"]) / 1e9
-    console.print(f"float32 matmul peak {rate:,.0f} GFLOP/s; efficiency (floor over time) {efficiency(report):.0%}")
+    if "flops" in report:
+        rate = max(report["matmul_flops_per_second"]) / 1e9
+        console.print(f"{report['flops'] / 1e9:,.1f} GFLOP a turn, float32 matmul at {rate:,.0f} GFLOP/s at best")
+        console.print(f"efficiency, floor over time: {efficiency(report):.0%}")
 
 
 def chart(report: Mapping, path: Path) -> None:
-    """Draw the ratios as bars, with their ranges."""
+    """Draw the ratios as bars with their ranges, the largest at the top."""
     from matplotlib.figure import Figure
 
-    ways = sorted(report["ways"], key=lambda way: statistics.median(a / b for a, b in way["pairs"]))
-    ratios = [[one / other for one, other in way["pairs"]] for way in ways]
-    medians = [statistics.median(one) for one in ratios]
-    below = [median - min(one) for median, one in zip(medians, ratios, strict=True)]
-    above = [max(one) - median for median, one in zip(medians, ratios, strict=True)]
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(ways)), layout="constrained")
+    drawn = {name: ratios(report, name) for name in report["seconds"] if name != "ours"}
+    names = sorted(drawn, key=lambda name: statistics.median(drawn[name]))
+    medians = [statistics.median(drawn[name]) for name in names]
+    below = [median - min(drawn[name]) for median, name in zip(medians, names, strict=True)]
+    above = [max(drawn[name]) - median for median, name in zip(medians, names, strict=True)]
+    figure = Figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([WAYS[way["way"]][1] for way in ways], medians, xerr=[below, above], color="#4878a8", capsize=3)
+    axes.barh([BASELINES[name] for name in names], medians, xerr=[below, above], color="#4878a8", capsize=3)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("their time over ours, median and range")
-    axes.set_title(f"{report['recipe']}: {report['steps']:,} steps, {report['machine']}")
     for index, median in enumerate(medians):
-        axes.annotate(f"{median:.1f}", (median, index), xytext=(4, 8), textcoords="offset points")
-    figure.savefig(path, dpi=150)
+        axes.annotate(
+            f"{median:.1f}", (0, index), xytext=(6, 0), textcoords="offset points", color="white", va="center"
+        )
+    axes.set_xlabel("their time over ours: median and range")
+    turns = len(next(iter(drawn.values())))
+    axes.set_title(f"{report['recipe']}, {turns} turns, {report['machine']}, {report['date']}", fontsize=10)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--chart {path} cannot be written: {error}") from None
 
 
-def _ways_here() -> list[str]:
-    """Return the ways whose packages are installed."""
-    return [way for way in WAYS if all(importlib.util.find_spec(package) for package, _ in _needs(way))]
+def load_results(root: Path = Path()) -> dict[str, dict]:
+    """Return the kept reports, by recipe and what was timed."""
+    return json.loads((root / RESULTS).read_text()) if (root / RESULTS).exists() else {}
 
 
-def _needs(way: str) -> list[tuple[str, str]]:
-    return [NEEDS[key] for key in (WAYS[way][0], way) if key in NEEDS]
+def key(report: Mapping) -> str:
+    """Return the name under which a report is kept."""
+    return f"{report['recipe']}, whole process" if report.get("process") else report["recipe"]
 
 
-def _check(flags: argparse.Namespace, ways: Sequence[str]) -> None:
-    """Raise UserError for flags that cannot be, before anything starts."""
+def table(results: Mapping[str, dict]) -> str:
+    """Return the kept reports as a Markdown table, a column each: time over ours, median (smallest to largest)."""
+    rows = [
+        [what, *(_range(ratios(report, name), 2) if name in report["seconds"] else "-" for report in results.values())]
+        for name, what in BASELINES.items()
+    ]
+    own = [f"{statistics.median(report['seconds']['ours']):.3f}" for report in results.values()]
+    share = [f"{efficiency(report):.0%}" if "flops" in report else "-" for report in results.values()]
+    turns = [str(len(report["seconds"]["ours"])) for report in results.values()]
+    rows += [["ours, s", *own], ["efficiency", *share], ["turns", *turns]]
+    return markdown_table(["time over ours", *(f"`{name}`" for name in results)], rows)
+
+
+def origin() -> dict:
+    """Return where and when: date, machine, versions."""
+    there = [name for name in PACKAGES if importlib.util.find_spec(name)]
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in there}
+    return {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} CPU cores", "versions": versions}
+
+
+def _whole_process(module: str, recipe: str, *, out: bool) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--out", str(Path(folder) / "run")] if out else []
+        start = time.perf_counter()
+        ended = subprocess.run(
+            [sys.executable, "-m", module, "--recipe", recipe, *options], capture_output=True, text=True
+        )
+        seconds = time.perf_counter() - start
+    if ended.returncode:
+        raise UserError(f"python -m {module} --recipe {recipe} ended with {ended.returncode}: {ended.stderr.strip()}")
+    return seconds
+
+
+def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
+    """Raise UserError for flags that cannot be, before anything starts; fill in the baselines if none are named."""
     for name in ("pairs", "steps"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)} must be 1 or more")
-    for way in ways:
-        if way not in WAYS:
-            raise UserError(f"--against {way}: there is no such way{did_you_mean(way, WAYS)}; ways: {', '.join(WAYS)}")
-        for package, extra in _needs(way):
+    for name in flags.against or ():
+        if name not in BASELINES:
+            raise UserError(
+                f"--against {name}: there is no such program{did_you_mean(name, BASELINES)}; {', '.join(BASELINES)}"
+            )
+        for package, extra in _needs(name):
             require(package, extra=extra)
+    if flags.process:
+        require("torch", extra="torch")
     for name in ("json", "chart"):
-        path = getattr(flags, name)
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(f"--{name} {path}: its directory does not exist; make it first")
+        if getattr(flags, name):
+            check_target(getattr(flags, name), flag=f"--{name}")
     if flags.chart:
         require("matplotlib", extra="plot")
+    installed = [name for name in BASELINES if all(importlib.util.find_spec(package) for package, _ in _needs(name))]
+    flags.against = flags.against or [
+        name for name in installed if recipe.model.name == "cnn" or name != "channels_last"
+    ]
 
 
-def _origin() -> dict:
-    there = [name for name in PACKAGES if importlib.util.find_spec(name)]
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in there}
-    return {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} cores, CPU", "versions": versions}
+def _needs(name: str) -> Iterable[tuple[str, str]]:
+    """Return the packages that a baseline needs, and the extras that bring them."""
+    return {"stock": [], "keras": [("keras", "keras")]}.get(name, [("torch", "torch")])
+
+
+def _said(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {taken:.3f} s" for name, taken in seconds.items())
 
 
 def _range(values: Sequence[float], digits: int) -> str:
@@ -234,14 +288,25 @@ def _range(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def _write(path: Path, content: Mapping) -> None:
+    try:
+        write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jax_impl.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--recipe", default="mlp128", help="a recipe on idx data (default: mlp128)")
-    parser.add_argument("--against", nargs="+", metavar="WAY", help=f"of {', '.join(WAYS)} (default: all installed)")
-    parser.add_argument("--pairs", type=int, default=7, help="turns (default: 7)")
+    parser.add_argument("--recipe", default="mlp128", help="a name or a .toml file (default: mlp128)")
+    parser.add_argument(
+        "--against", nargs="+", metavar="PROGRAM", help=f"of {', '.join(BASELINES)} (default: all that can run here)"
+    )
+    parser.add_argument("--pairs", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--steps", type=int, help="steps a turn (default: an epoch's)")
+    parser.add_argument("--process", action="store_true", help="whole processes instead, ours and the lesson's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times to this file")
-    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios (.png, .svg; needs the extra plot)")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios: .png, .svg, .pdf (extra plot)")
+    parser.add_argument("--keep", action="store_true", help=f"keep the times in {RESULTS}")
     return parser
 
 

@@ -24,7 +24,7 @@ from spec.recipe import Recipe
 
 
 class Program(Protocol):
-    """A way to train a recipe."""
+    """A program that trains a recipe."""
 
     def first_losses(self, steps: int) -> list[float]:
         """Return the mean losses of the first `steps` steps of a run of its own, without dropout, from the specified

@@ -1,4 +1,4 @@
-"""Ways to train a recipe with torch, for the benchmark: `python -m torch_ref.baselines WAY RECIPE` serves one.
+"""Programs that train a recipe with torch, for the benchmark: `python -m torch_ref.baselines NAME RECIPE` serves one.
 
 None is tuned beyond its name. `lesson` is the lesson's program, with torchvision's data set and a DataLoader; the
 others keep the tensors in memory and gather a batch a step: `eager` as it stands, `channels_last` with that memory
@@ -23,20 +23,20 @@ from spec.recipe import Recipe
 from torch_ref import convert, data, lesson, models, optim
 from torch_ref.objective import example_losses
 
-WAYS = ("lesson", "eager", "channels_last", "compile")
+BASELINES = ("lesson", "eager", "channels_last", "compile")
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class InMemory:
     """A plain loop over tensors in memory."""
 
-    def __init__(self, recipe: Recipe, way: str) -> None:
+    def __init__(self, recipe: Recipe, name: str) -> None:
         dataset = data.load(recipe.data)
-        self.recipe, self.way = recipe, way
+        self.recipe, self.name = recipe, name
         self.counts = count(recipe, len(dataset.train.labels))
         self.shape, self.outputs = dataset.input_shape, params.num_outputs(recipe, dataset.num_classes)
         self.images, self.labels = data.preprocess(dataset, recipe.preprocessing, dtype=torch.float32)[0].tensors
-        if way == "channels_last":
+        if name == "channels_last":
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.network, self.optimizer = self._start(recipe)
         self.coming = self._batches()
@@ -55,11 +55,11 @@ class InMemory:
         network = models.network(recipe.model, self.shape, self.outputs)
         leaves = params.leaves(recipe.model, self.shape, self.outputs)
         convert.load_state(network, params.initial_state(leaves, recipe.init, recipe.seed))
-        if self.way == "channels_last":
+        if self.name == "channels_last":
             network = network.to(memory_format=torch.channels_last)
         optimizer = optim.optimizer(recipe, network.parameters())
         network.train()
-        return torch.compile(network) if self.way == "compile" else network, optimizer
+        return torch.compile(network) if self.name == "compile" else network, optimizer
 
     def _batches(self) -> Iterator[Batch]:
         for epoch in itertools.count(1):
@@ -108,13 +108,13 @@ class Lesson:
 
 
 def main() -> None:
-    """Serve one way of training."""
+    """Serve one of them."""
     parser = argparse.ArgumentParser(prog="python -m torch_ref.baselines", description=__doc__, allow_abbrev=False)
-    parser.add_argument("way", choices=WAYS)
+    parser.add_argument("name", choices=BASELINES)
     parser.add_argument("recipe", help="a recipe's name or file")
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
-    bench_worker.serve(lambda: Lesson(recipe) if arguments.way == "lesson" else InMemory(recipe, arguments.way))
+    bench_worker.serve(lambda: Lesson(recipe) if arguments.name == "lesson" else InMemory(recipe, arguments.name))
 
 
 if __name__ == "__main__":

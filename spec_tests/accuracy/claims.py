@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from spec import recipe as recipes
+from spec.markdown import markdown_table
 from spec_tests.accuracy.equivalence import MARGIN, interval, tost
 from spec_tests.accuracy.results import Results
 from spec_tests.accuracy.tables import p_value, signed
-from spec_tests.markdown import markdown_table
 
 EXPERIMENTS = {
     "sigmoid-mlp-relu": "--recipe sigmoid-mlp --model.activations relu relu",

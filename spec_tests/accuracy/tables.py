@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from spec.markdown import markdown_table
 from spec_tests.accuracy.equivalence import MARGIN, interval, tost
 from spec_tests.accuracy.results import FRAMEWORKS, Results
-from spec_tests.markdown import markdown_table
 
 PACKAGES = {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}
 LESSON = {

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from spec_tests.markdown import markdown_table
+from spec.markdown import markdown_table
 
 RESULTS = Path("results") / "lockstep.json"
 MODES = {"float64": ("float64", False), "float32": ("float32", False), "gates shared": ("float32", True)}

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from spec.errors import UserError, did_you_mean, run_program
 from spec.files import check_target, write_atomic
-from spec_tests.markdown import markdown_table
+from spec.markdown import markdown_table
 from spec_tests.mutants.catalogue import MUTANTS, Mutant
 from spec_tests.mutants.runner import Outcome, Selection, run_baseline, run_mutants
 
