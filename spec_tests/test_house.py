@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from jax_impl import bench
 from spec import recipe
-from spec_tests import speed
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.lockstep import results as lockstep
 from spec_tests.mutants import __main__ as mutants
@@ -140,7 +140,7 @@ def test_every_trainer_command_of_the_readme_is_taken(command, capsys, tmp_path,
 
 def test_the_readmes_other_commands_are_known():
     known = ("make train", "make test", "python3 -m venv", ".venv/bin/pip install")
-    modules = ("jax_impl.train", "torch_ref.train", "spec.datasets", "spec_tests.speed", "spec_tests.accuracy")
+    modules = ("jax_impl.train", "jax_impl.bench", "torch_ref.train", "spec.datasets", "spec_tests.accuracy")
     modules += ("spec_tests.lockstep", "spec_tests.mutants")
     for command in commands():
         module = re.search(r"python -m (\S+)", command)
@@ -155,7 +155,7 @@ def test_the_readmes_python_runs(capsys):
     assert float(capsys.readouterr().out.split()[-1]) > 0.95  # the last epoch's test accuracy
 
 
-TABLES = {"speed": speed, "lockstep": lockstep, "mutants": mutants}
+TABLES = {"bench": bench, "lockstep": lockstep, "mutants": mutants}
 
 
 @pytest.mark.parametrize(("name", "module"), TABLES.items(), ids=TABLES)

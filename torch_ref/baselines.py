@@ -107,6 +107,11 @@ class Lesson:
         lesson.train_epoch(self.model, self.optimizer, itertools.islice(self.coming, steps))
 
 
+def program(name: str, recipe: Recipe) -> bench_worker.Program:
+    """Return the program of that name, ready to train."""
+    return Lesson(recipe) if name == "lesson" else InMemory(recipe, name)
+
+
 def main() -> None:
     """Serve one of them."""
     parser = argparse.ArgumentParser(prog="python -m torch_ref.baselines", description=__doc__, allow_abbrev=False)
@@ -114,7 +119,7 @@ def main() -> None:
     parser.add_argument("recipe", help="a recipe's name or file")
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
-    bench_worker.serve(lambda: Lesson(recipe) if arguments.name == "lesson" else InMemory(recipe, arguments.name))
+    bench_worker.serve(lambda: program(arguments.name, recipe))
 
 
 if __name__ == "__main__":

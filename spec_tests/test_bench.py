@@ -1,0 +1,237 @@
+"""The benchmark: equal work before times, ratios turn by turn, operations counted by hand; no test looks at a clock."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from jax_impl import baselines as jax_baselines
+from jax_impl import bench
+from jax_impl.parallel import select_device
+from jax_impl.trainer import Trainer
+from spec import bench_worker, datasets, flops, recipe
+from spec.errors import UserError, exit_status
+from spec.recipe import Model, Recipe
+from spec_tests.assertions import assert_identical
+from spec_tests.conftest import made_up_images
+from torch_ref import baselines as torch_baselines
+from torch_ref import data as torch_data
+
+# Operations
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("softmax-regression", 4 * 7840),  # forward and by the weight; the images need no gradient
+        ("mlp128", 4 * 784 * 128 + 6 * 128 * 10),
+        ("mlp512", 4 * 784 * 512 + 6 * 512 * 512 + 6 * 512 * 10),
+        (
+            "cnn",
+            4 * 9 * 1 * 32 * 784 + 6 * 9 * 32 * 64 * 196 + 6 * 9 * 64 * 128 * 49
+            + 6 * (1152 * 512 + 512 * 512 + 512 * 10),
+        ),
+    ],
+)  # fmt: skip
+def test_the_operations_of_a_training_step_are_those_counted_by_hand(name, expected):
+    assert flops.training_flops(recipe.load(name).model, (28, 28, 1), 10) == expected
+
+
+def test_a_halved_image_is_halved_downwards():
+    model = Model(name="cnn", channels=(2, 3), hidden_sizes=(), dropout=0.0)
+    assert flops.forward_flops(model, (7, 5, 1), 4) == [2 * 9 * 2 * 35, 2 * 9 * 2 * 3 * 6, 2 * 3 * 4]
+
+
+# Workers
+
+TOY = """
+import sys
+from spec import bench_worker
+
+class Toy:
+    def first_losses(self, steps):
+        print("a library's own words")
+        return [{loss} / (step + 1) for step in range(steps)]
+
+    def train(self, steps):
+        if steps > 50:
+            raise MemoryError("the toy is full")
+
+bench_worker.serve(Toy)
+"""
+
+
+def toy(tmp_path: Path, name: str, loss: float = 1.0) -> list[str]:
+    file = tmp_path / f"{name}.py"
+    file.write_text(TOY.format(loss=loss))
+    return [sys.executable, str(file)]
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """Put toys in the programs' place; `stock` does other work."""
+    root = str(Path(bench.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", root)
+    losses = {"stock": 1.01}
+    monkeypatch.setattr(bench, "command", lambda name, recipe: toy(tmp_path, name, losses.get(name, 1.0)))
+
+
+def run(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+    return exit_status(bench.main)
+
+
+def test_a_worker_answers_and_ends_with_its_driver(tmp_path, toys):
+    with bench_worker.worker("toy", bench.command("toy", "")) as program:
+        assert program.first_losses(3) == [1.0, 1 / 2, 1 / 3]
+        assert program.seconds(5) >= 0
+        assert program.peak_bytes > 1_000_000
+        process = program._process
+    assert process.poll() is not None
+
+
+def test_a_worker_that_fails_is_named_with_what_it_said(toys):
+    with bench_worker.worker("toy", bench.command("toy", "")) as program, pytest.raises(UserError) as told:
+        program.seconds(51)
+    assert "toy ended with status 1; it said: MemoryError: the toy is full" in str(told.value)
+
+
+def test_a_worker_that_does_not_start_is_named_too(tmp_path):
+    gone = [sys.executable, str(tmp_path / "no_such_file.py")]
+    with pytest.raises(UserError, match=r"toy ended with status 2; it said: .*no_such_file"):
+        contextlib.ExitStack().enter_context(bench_worker.worker("toy", gone))
+
+
+# The programs do the same work
+
+
+def program(name: str, of: Recipe) -> bench_worker.Program:
+    return jax_baselines.PROGRAMS[name](of) if name in bench.ON_JAX else torch_baselines.program(name, of)
+
+
+def small(name: str) -> Recipe:
+    """Return a recipe whose network is small where it is convolutional."""
+    loaded = recipe.load(name)
+    model = dataclasses.replace(loaded.model, channels=(3, 4), hidden_sizes=(6,)) if name == "cnn" else loaded.model
+    return dataclasses.replace(loaded, model=model, batch_size=16)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    images = made_up_images(200, 10)
+    monkeypatch.setattr(datasets, "load", lambda data, **options: images)
+    monkeypatch.setattr(torch_data, "load", lambda data, **options: images)
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+
+
+@pytest.mark.parametrize("name", ["eager", "channels_last", "stock", "keras"])
+@pytest.mark.parametrize("of", ["mlp128", "cnn"])
+def test_every_program_gives_our_first_losses_and_trains_over_an_epochs_end(name, of, few_images):
+    expected = program("ours", small(of)).first_losses(4)
+    baseline = program(name, small(of))
+    assert baseline.first_losses(4) == pytest.approx(expected, rel=bench.LOSS_TOLERANCE)
+    assert len(set(expected)) == 4
+    baseline.train(14)  # 12 full batches and a short one, or 12, make an epoch
+
+
+def test_the_lessons_program_gives_our_first_losses(fashion_mnist):
+    expected = program("ours", recipe.load("mlp128")).first_losses(3)
+    assert program("lesson", recipe.load("mlp128")).first_losses(3) == pytest.approx(expected, rel=bench.LOSS_TOLERANCE)
+
+
+def test_our_trainer_goes_on_where_it_stopped_as_an_unbroken_one_does(few_images):
+    of = small("mlp128")
+    by_parts, at_once = (Trainer(of, datasets.load(of.data), select_device("cpu")) for _ in range(2))
+    for steps in (5, 9, 11):
+        by_parts.train(steps)
+    at_once.train(25)
+    assert_identical(by_parts.state(), at_once.state(), item="weights")
+    first_epoch = Trainer(dataclasses.replace(of, epochs=1), datasets.load(of.data), select_device("cpu"))
+    list(first_epoch.events())
+    by_parts = Trainer(of, datasets.load(of.data), select_device("cpu"))
+    by_parts.train(first_epoch.counts.steps_per_epoch)
+    assert_identical(by_parts.state(), first_epoch.state(), item="an epoch")
+
+
+# The driver
+
+
+def test_a_comparison_is_printed_kept_and_drawn(toys, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--recipe", "digits", "--against", "eager", "keras", "--pairs", 2, "--steps", 3]
+    status = run(monkeypatch, *flags, "--json", "times.json", "--chart", "ratios.png", "--keep")
+    out = capsys.readouterr().out
+    assert status == 0, out
+    assert "the first 20 losses of all 3 programs are the same" in out
+    assert "turn 2 of 2: ours" in out
+    assert "Keras 3 on the JAX backend" in out
+    assert "efficiency, floor over time" in out
+    report = json.loads((tmp_path / "times.json").read_text())
+    assert {name: len(seconds) for name, seconds in report["seconds"].items()} == {"ours": 2, "eager": 2, "keras": 2}
+    assert report["steps"] == 3
+    assert report["flops"] == 3 * 32 * flops.training_flops(recipe.load("digits").model, (64,), 10)
+    assert bench.load_results(tmp_path) == {"digits": report}
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_program_that_does_other_work_is_not_timed(toys, monkeypatch, capsys):
+    assert run(monkeypatch, "--recipe", "digits", "--against", "eager", "stock", "--pairs", 1) == 2
+    ended = capsys.readouterr()
+    assert "stock does other work: its loss at step 0 is 1.010000, ours 1.000000; nothing was timed" in ended.err
+    assert "turn" not in ended.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--against egaer", "--against egaer: there is no such program (did you mean 'eager'?)"),
+        ("--pairs 0", "--pairs 0 must be 1 or more"),
+        ("--steps -1", "--steps -1 must be 1 or more"),
+        ("--recipe mpl128", "no recipe has the name 'mpl128'"),
+        ("--json .", "--json . is a directory"),
+        ("--chart nowhere/ratios.png", "--chart nowhere/ratios.png: its directory does not exist"),
+    ],
+)
+def test_a_mistake_exits_2_before_anything_starts(flags, said, toys, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "command", None)
+    assert run(monkeypatch, *flags.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("package", "name"), [("torch", "eager"), ("keras", "keras")])
+def test_a_baseline_that_is_not_installed_says_which_extra_brings_it(package, name, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda asked: None if asked == package else find(asked))
+    assert run(monkeypatch, "--recipe", "digits", "--against", name) == 2
+    assert f"-e '.[{package}]'" in capsys.readouterr().err
+
+
+REPORT = {
+    "recipe": "mlp128",
+    "flops": 6e9,
+    "matmul_flops_per_second": [3e9, 4e9],
+    "seconds": {"ours": [2.0, 4.0, 3.0], "eager": [6.0, 4.0, 3.0]},
+}
+
+
+def test_ratios_are_turn_by_turn_and_efficiency_is_floor_over_the_median():
+    assert bench.ratios(REPORT, "eager") == [3, 1, 1]
+    assert bench.efficiency(REPORT) == 6 / 4 / 3
+
+
+def test_the_table_has_a_column_a_report():
+    process = {"recipe": "mlp128", "process": True, "seconds": {"ours": [1.0], "lesson": [5.0]}}
+    rows = [line.split(" | ") for line in bench.table({"mlp128": REPORT, bench.key(process): process}).splitlines()]
+    assert rows[0] == ["| time over ours", "`mlp128`", "`mlp128, whole process` |"]
+    by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
+    assert by_name[bench.BASELINES["eager"]] == ["1.00 (1.00 to 3.00)", "- |"]
+    assert by_name[bench.BASELINES["lesson"]] == ["-", "5.00 (5.00 to 5.00) |"]
+    assert by_name["efficiency"] == ["50%", "- |"]
+    assert by_name["turns"] == ["3", "1 |"]
