@@ -24,7 +24,7 @@ from spec_tests.assertions import assert_identical, assert_no_shared_memory, ass
 from spec_tests.conftest import made_up_images
 from spec_tests.lockstep import __main__ as lockstep
 from spec_tests.lockstep.report import Epoch, Forced, Verdict, judge
-from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs, decided_on, deciding_scale, differing
+from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs, cancelling, decided_on, deciding_scale, differing
 
 KINDS = ("mlp128", "sigmoid-mlp", "mlp128-batchnorm", "mnist-mlp256", "breast-cancer", "cnn")
 WHOLE_RUNS = [name for name in recipe.recipe_names() if name not in ("csv", "map-style", "cnn")]
@@ -178,6 +178,14 @@ def test_behind_batchnorm_the_scale_of_a_decision_grows_where_a_unit_hardly_move
     assert deciding_scale(state, activations, sums, "relu2").tolist() == [7, 6]
     still_unit, moving_unit = 3 / math.sqrt(BATCHNORM_EPSILON), 0.5 * 4 / math.sqrt(1 + BATCHNORM_EPSILON)
     assert deciding_scale(state, activations, sums, "relu1").tolist() == [still_unit, moving_unit]
+
+
+def test_gradients_cancel_in_a_batchnorm_and_the_layer_before_it():
+    assert cancelling(("linear1", "relu1", "linear2")) == set()
+    assert cancelling(("norm0", "linear1", "relu1", "linear2")) == {"norm0"}
+    assert cancelling(("conv1", "norm1", "relu1", "pool1", "linear1", "norm2", "relu2", "linear2")) == {
+        "conv1", "norm1", "linear1", "norm2"
+    }  # fmt: skip
 
 
 def test_a_pool_decides_on_the_gap_between_the_two_largest_of_a_window():

@@ -144,6 +144,7 @@ class Forcing:
         self.pair = pair
         self.follower = JaxAdapter(pair.network)
         self.truth = OracleAdapter(pair.network)
+        self.cancelling = cancelling(oracle.layer_names(pair.recipe.model))
         self.report = Forced(steps=0, worst_ratio=0.0, worst_leaf="", flips=0, largest_flip=0.0, worst_flip=0.0)
 
     def step(self, images, labels, decisions: Arrays, state: Arrays, opt_state: Arrays, *, after: tuple) -> None:
@@ -165,12 +166,14 @@ class Forcing:
         )
         ours, theirs, truth = (self._results(state, *side) for side in sides)
         terms = self.pair.network.longest_sum(len(labels))
-        passed = oracle.forward(self.pair.recipe.model, state, images, train=True, decisions=decisions)
-        magnitudes = self._magnitudes(passed, state, images, labels, int(opt_state["step"]))
+        magnitudes, bounds = {}, []
+        if self.cancelling or flips:
+            passed = oracle.forward(self.pair.recipe.model, state, images, train=True, decisions=decisions)
+            magnitudes = self._magnitudes(passed, state, images, labels, int(opt_state["step"]))
+            bounds = self._flip_bounds(flips, terms, state, images, passed)
         precision = self.pair.recipe.precision
         ratios = error_ratios(ours, theirs, truth, terms=terms, dtype=precision, magnitudes=magnitudes)
         leaf = max(ratios, key=ratios.get)
-        bounds = self._flip_bounds(flips, terms, state, images, passed)
         worse = ratios[leaf] > self.report.worst_ratio
         self.report = Forced(
             steps=self.report.steps + 1,
@@ -187,8 +190,6 @@ class Forcing:
         self, flips: list[tuple], terms: int, state: Arrays, images: np.ndarray, passed: oracle.Forward
     ) -> list[float]:
         """Return, for each flip, how far from undecided its decision may be (S9.6)."""
-        if not flips:
-            return []
         sums = oracle.sum_magnitudes(self.pair.recipe.model, state, images, passed)
         scales = {
             layer: deciding_scale(state, passed.activations, sums, layer) for layer in {flip[0] for flip in flips}
@@ -198,18 +199,14 @@ class Forcing:
     def _magnitudes(
         self, passed: oracle.Forward, state: Arrays, images: np.ndarray, labels: np.ndarray, step: int
     ) -> dict[str, float]:
-        """Return the largest sum |g x| of each leaf of a BatchNorm and of the layer before it: there gradients nearly
-        cancel, for they add up to 0 over a channel (S5.4)."""
-        recipe, network = self.pair.recipe, self.pair.network
-        names = oracle.layer_names(recipe.model)
-        cancelling = {name for pair in itertools.pairwise(names) if pair[1].startswith("norm") for name in pair}
-        cancelling |= {name for name in names[:1] if name.startswith("norm")}
-        if not cancelling:
+        """Return the largest sum |g x| of each leaf of the `cancelling` layers."""
+        if not self.cancelling:
             return {}
+        recipe, network = self.pair.recipe, self.pair.network
         by_logits = oracle.loss_gradient(passed.logits, labels, recipe.loss)
         summed = oracle.gradient_magnitudes(recipe.model, state, images, passed, by_logits)
         rate = oracle.learning_rate(recipe, step // network.steps_per_epoch + 1)
-        sizes = {name: float(sums.max()) for name, sums in summed.items() if name.split(".")[0] in cancelling}
+        sizes = {name: float(sums.max()) for name, sums in summed.items() if name.split(".")[0] in self.cancelling}
         buffers = {f"momentum_buffer.{name}": size for name, size in sizes.items()}
         return buffers | {f"update.{name}": rate * size for name, size in sizes.items()}
 
@@ -224,6 +221,12 @@ class Forcing:
         if self.pair.recipe.optimizer.name == "adam":
             return buffers | {name: array for name, array in state.items() if name not in trained}
         return state | buffers | {f"update.{name}": state[name].astype(np.float64) - before[name] for name in trained}
+
+
+def cancelling(names: tuple[str, ...]) -> set[str]:
+    """Return the BatchNorms and the layers before them: their gradients add up to nearly 0 over a channel (S5.4)."""
+    before = {name for name, after in itertools.pairwise(names) if after.startswith("norm")}
+    return before | {name for name in names if name.startswith("norm")}
 
 
 def differing(ours: Arrays, theirs: Arrays) -> Iterator[tuple[str, tuple[int, ...]]]:
