@@ -175,9 +175,10 @@ def test_behind_batchnorm_the_scale_of_a_decision_grows_where_a_unit_hardly_move
     activations = {"linear1": still, "norm1": still, "relu1": still, "linear2": moving, "relu2": moving}
     sums = {"linear1": np.array([[3.0, 3.0], [2.0, 4.0]]), "linear2": np.array([[5.0, 6.0], [7.0, 1.0]])}
     state = {"norm1.weight": np.array([1.0, -0.5])}
-    assert deciding_scale(state, activations, sums, "relu2").tolist() == [7, 6]
-    still_unit, moving_unit = 3 / math.sqrt(BATCHNORM_EPSILON), 0.5 * 4 / math.sqrt(1 + BATCHNORM_EPSILON)
-    assert deciding_scale(state, activations, sums, "relu1").tolist() == [still_unit, moving_unit]
+    assert deciding_scale(state, activations, sums, "relu2") == 7
+    assert deciding_scale(state, activations, sums, "relu1") == 3 / math.sqrt(BATCHNORM_EPSILON)
+    nearly_off = {"norm1.weight": np.array([1e-6, -0.5])}
+    assert deciding_scale(nearly_off, activations, sums, "relu1") == 0.5 * 4 / math.sqrt(1 + BATCHNORM_EPSILON)
 
 
 def test_gradients_cancel_in_a_batchnorm_and_the_layer_before_it():

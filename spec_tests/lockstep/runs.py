@@ -194,7 +194,7 @@ class Forcing:
         scales = {
             layer: deciding_scale(state, passed.activations, sums, layer) for layer in {flip[0] for flip in flips}
         }
-        return [flip_bound(terms, float(scales[layer][place[1]])) for layer, place in flips]
+        return [flip_bound(terms, scales[layer]) for layer, _ in flips]
 
     def _magnitudes(
         self, passed: oracle.Forward, state: Arrays, images: np.ndarray, labels: np.ndarray, step: int
@@ -252,21 +252,21 @@ def decided_on(activations: Arrays, layer: str, place: tuple[int, ...]) -> float
     return float(first - second)
 
 
-def deciding_scale(state: Arrays, activations: Arrays, sums: Arrays, layer: str) -> np.ndarray:
-    """Return, for each channel or unit, the largest sum of sizes that went into a decision of `layer`, in its unit.
+def deciding_scale(state: Arrays, activations: Arrays, sums: Arrays, layer: str) -> float:
+    """Return the largest sum of sizes that went into the decisions of `layer`, in the unit they are made in.
 
     `sums` holds sum |w x| + |b| of every layer that sums (`oracle.sum_magnitudes`). Behind a BatchNorm it is times
-    |scale| / sqrt(var + eps) of the channel: as much as the rounding of the sum grows there.
+    |scale| / sqrt(var + eps) of the channel: as much as the rounding of the sum grows there. The largest of the layer
+    counts, for what is off in one channel enters every sum of the next layer.
     """
     before = list(activations)[: list(activations).index(layer)]
     summing = next(name for name in reversed(before) if name in sums)
     axes = (0, *range(2, sums[summing].ndim))
     largest = sums[summing].max(axis=axes)
-    norms = [name for name in before[before.index(summing) :] if name.startswith("norm")]
-    for norm in norms:
+    for norm in [name for name in before[before.index(summing) :] if name.startswith("norm")]:
         deviation = np.sqrt(activations[summing].var(axis=axes) + BATCHNORM_EPSILON)
         largest = largest * np.abs(state[f"{norm}.weight"]) / deviation
-    return largest
+    return float(largest.max())
 
 
 def _input(activations: Arrays, layer: str) -> np.ndarray:
