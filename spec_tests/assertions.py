@@ -33,7 +33,8 @@ def assert_within(found: Arrays, expected: Arrays, *, bound: float, item: str, r
     _same_names(found, expected, item)
     for name, wanted in expected.items():
         scale = layer_scale(expected, name) if relative_to_layer else 1.0
-        most = ceiling(np.asarray(found[name]).dtype) * max(1.0, layer_scale(expected, name))
+        largest = layer_scale(expected, name)
+        most = ceiling(np.asarray(found[name]).dtype) * (largest if relative_to_layer else max(1.0, largest))
         if bound * scale > most:
             raise ValueError(f"{item}: {name} may be {bound * scale:.3g} off, and {most:.3g} is the most; tighten it")
         array = np.asarray(found[name], np.float64)
@@ -62,14 +63,16 @@ def error_ratios(
 
     An error counts as at least sqrt(m) u times the layer's largest value: what independent roundings of a sum of m
     `terms` come to in `dtype`, so that a side which sums pairwise does not put one in the wrong that sums in order.
-    `magnitudes` takes the place of the layer's largest value for a leaf whose sum cancels: sum |a_i b_i| of S12.4.
+    `magnitudes` takes the place of the layer's largest value for a leaf whose sum cancels: sum |a_i b_i| of S12.4; what
+    is allowed stays under the dtype's ceiling of that largest value.
     """
     for side in (ours, theirs):
         _same_names(side, truth, "error ratio")
     ratios = {}
     for name, wanted in truth.items():
         scale = max(layer_scale(truth, name), (magnitudes or {}).get(name, 0.0))
-        floor = math.sqrt(terms) * unit_roundoff(dtype) * scale
+        rounding = math.sqrt(terms) * unit_roundoff(dtype) * scale
+        floor = min(rounding, ceiling(dtype) * layer_scale(truth, name) / KAPPA)
         errors = [float(np.abs(np.asarray(side[name], np.float64) - wanted).max(initial=0)) for side in (ours, theirs)]
         allowance = max(min(errors), floor)
         ratios[name] = max(errors) / allowance if allowance else math.inf if max(errors) else 0.0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from importlib import resources
 
-SPEC = (resources.files("spec") / "SPEC.md").read_text("utf-8")
 LISTED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
@@ -29,8 +29,14 @@ class Statement:
         return LISTED.findall(self.tests_line)
 
 
+@functools.cache
+def text() -> str:
+    """Return the page."""
+    return (resources.files("spec") / "SPEC.md").read_text("utf-8")
+
+
 def statements() -> list[Statement]:
     """Return the statements in the page's order."""
-    parts = re.split(r"^(#{2,3} S\d+(?:\.\d+)? .*)$", SPEC, flags=re.MULTILINE)
+    parts = re.split(r"^(#{2,3} S\d+(?:\.\d+)? .*)$", text(), flags=re.MULTILINE)
     headed = zip(parts[1::2], parts[2::2], strict=True)
     return [Statement(heading.split()[1], body) for heading, body in headed if heading.startswith("### ")]

@@ -228,6 +228,34 @@ def test_a_claims_verdict_follows_the_figures(words, changed, value, before, aft
     assert verdict(words, results, experiments) == after
 
 
+def test_a_claims_row_is_over_the_seeds_that_all_its_runs_have():
+    results, experiments = made_up_measurements()
+    before = [line for line in accuracy.claims_table(results, experiments).splitlines() if "because of" in line]
+    longer = results["sigmoid-mlp"]["jax"]
+    for name, values in longer.items():
+        if isinstance(values, list):
+            longer[name] = [*values, 3 if name == "seeds" else 0.1]
+    after = [line for line in accuracy.claims_table(results, experiments).splitlines() if "because of" in line]
+    assert after == before
+    assert after[0].split(" | ")[2] == "3"
+
+
+def test_runs_that_are_kept_are_not_made_again_and_only_what_was_asked_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(command.kept, "has", lambda results, run: True)
+    monkeypatch.setattr(command, "train", None)
+    printed = {}
+    for asked in ("digits --seeds 2", "--experiment mlp128-1-epoch --framework jax --seeds 3", ""):
+        monkeypatch.setattr(sys, "argv", ["accuracy", *asked.split()])
+        command.main()
+        printed[asked] = capsys.readouterr()
+    digits, experiment, all_ = printed.values()
+    assert "4 of 4 runs are kept in results/accuracy.json and not made again; --again makes them" in digits.err
+    assert "3 of 3 runs are kept in results/experiments.json" in experiment.err
+    assert digits.out.strip() == accuracy.table({"digits": RESULTS["digits"]})
+    assert experiment.out.strip() == accuracy.claims_table(RESULTS, EXPERIMENTS)
+    assert all_.out.strip() == accuracy.table(RESULTS) + "\n\n" + accuracy.claims_table(RESULTS, EXPERIMENTS)
+
+
 def test_a_claim_without_its_runs_says_which_are_missing():
     results, experiments = made_up_measurements()
     del experiments["mlp128-rate-0.001-1-epoch"]

@@ -26,7 +26,7 @@ from spec_tests.assertions import (
     largest_difference,
     layer_scale,
 )
-from spec_tests.specification import LISTED, SPEC, statements
+from spec_tests.specification import LISTED, statements, text
 
 FOLDER = Path(__file__).parent
 
@@ -138,8 +138,22 @@ def test_within_refuses_a_bound_that_would_let_anything_pass(dtype, ceiling):
         assert_within(arrays, arrays, bound=ceiling, item="item", relative_to_layer=True)
         with pytest.raises(ValueError, match="is the most; tighten it"):
             assert_within(arrays, arrays, bound=1.01 * ceiling * largest, item="item")
-    with pytest.raises(ValueError, match="is the most; tighten it"):
-        assert_within(large, large, bound=1.01 * ceiling, item="item", relative_to_layer=True)
+    small = {"linear1.weight": np.array([-0.001, 0.0], dtype)}
+    for arrays in (one, large, small):
+        with pytest.raises(ValueError, match="is the most; tighten it"):
+            assert_within(arrays, arrays, bound=1.01 * ceiling, item="item", relative_to_layer=True)
+
+
+def test_the_floor_of_the_ratio_may_come_from_what_cancels_and_stays_under_the_ceiling():
+    truth, exact = {"one.weight": np.array([1.0])}, {"one.weight": np.array([1.0])}
+    off = {"one.weight": np.array([1 + 2.0**-14])}
+
+    def ratio(magnitude: float) -> float:
+        return error_ratios(off, exact, truth, magnitudes={"one.weight": magnitude})["one.weight"]
+
+    assert ratio(0.5) == 2**10  # smaller than the largest value: no matter
+    assert ratio(16.0) == 2**6
+    assert ratio(1e9) == 2.0**-14 * tolerances.KAPPA / tolerances.CEILING_FLOAT32
 
 
 def test_a_leaf_is_measured_by_its_own_layer():
@@ -268,7 +282,7 @@ def functions_of(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 
 
 def test_clauses_and_statements_are_numbered_in_order_without_a_gap():
-    clauses = [int(number) for number in re.findall(r"^## S(\d+) ", SPEC, re.MULTILINE)]
+    clauses = [int(number) for number in re.findall(r"^## S(\d+) ", text(), re.MULTILINE)]
     assert clauses == list(range(1, len(clauses) + 1))
     found = [statement.number for statement in statements()]
     expected = [
@@ -286,12 +300,12 @@ def test_every_statement_has_one_source_line_and_one_line_of_tests_that_holds_no
         assert statement.tests, f"{statement.number} has no test"
         assert re.sub(LISTED, "", statement.tests_line).replace(", ", "") == "", statement.number
         assert len(set(statement.tests)) == len(statement.tests), f"{statement.number} lists a test twice"
-    assert sum(len(statement.tests) for statement in statements()) == len(LISTED.findall(SPEC))
+    assert sum(len(statement.tests) for statement in statements()) == len(LISTED.findall(text()))
 
 
 def test_every_reference_to_a_statement_is_to_one_that_exists():
     numbers = {statement.number for statement in statements()}
-    assert set(re.findall(r"\bS\d+\.\d+\b", SPEC)) <= numbers
+    assert set(re.findall(r"\bS\d+\.\d+\b", text())) <= numbers
 
 
 def test_every_test_that_the_specification_lists_exists():
@@ -312,8 +326,8 @@ def test_every_test_of_a_clause_is_listed_in_the_specification():
 
 
 def test_nothing_is_left_to_do():
-    assert re.findall(r"`TODO [^`]*`", SPEC) == []
-    assert "TODO" not in SPEC
+    assert re.findall(r"`TODO [^`]*`", text()) == []
+    assert "TODO" not in text()
 
 
 # The source of the suite
@@ -450,8 +464,9 @@ def test_no_tolerance_is_typed_in():
 def test_the_named_tolerances_are_tight_for_what_they_are_named_after():
     named = {name: value for name, value in vars(tolerances).items() if name.isupper() and isinstance(value, float)}
     assert named
+    looser = {"CENTRAL_DIFFERENCE", "DIFFERENCE_STEP", "FOUR_DECIMALS", "SEVEN_DIGITS", "PLANTED_FAULT"}  # no rounding
     for name, value in named.items():
-        assert 0 < value <= (1e-9 if name.endswith("FLOAT64") else 1e-3), name
+        assert 0 < value <= (1e-3 if name.endswith("FLOAT32") or name in looser else 1e-9), name
     assert 1 <= tolerances.KAPPA <= 8
 
 

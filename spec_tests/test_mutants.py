@@ -200,7 +200,7 @@ def test_a_terminated_matrix_leaves_no_copy_behind(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
         wait_for(lambda: list(tmp_path.glob("mutants-*/repository/pyproject.toml")))
         process.terminate()
-        assert process.wait() == 128 + signal.SIGTERM
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
     assert list(tmp_path.glob("mutants-*")) == []
 
 
@@ -248,6 +248,16 @@ def test_a_part_of_the_matrix_takes_its_place_in_the_kept_one(monkeypatch):
     assert [row["result"] for row in part["mutants"]] == ["killed", *("survived" for _ in others)]
     assert part["killed"] == 1
     assert len(matrix.matrix({first: lived}, gone | {"versions": {}})["mutants"]) == 1
+    said_otherwise = [row | {"says": "something else"} for row in whole["mutants"]]
+    assert len(matrix.matrix({first: lived}, whole | {"mutants": said_otherwise})["mutants"]) == 1
+
+
+def test_a_part_is_not_kept_in_the_place_of_a_matrix_of_other_versions(repository, monkeypatch):
+    (repository / "results").mkdir()
+    (repository / "results" / "mutants.json").write_text(json.dumps({"mutants": [], "versions": {"python": "2.7"}}))
+    monkeypatch.setattr(matrix, "ROOT", repository)
+    with pytest.raises(UserError, match=f"1 of {len(MUTANTS)} mutants would replace it; run the whole matrix"):
+        matrix.main(["--only", "jax-uphill", "--keep"])
 
 
 def test_the_program_leaves_with_0_when_all_are_killed_and_refuses_a_broken_baseline(repository, monkeypatch, capsys):

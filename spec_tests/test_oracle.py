@@ -807,27 +807,40 @@ def test_a_float32_state_is_taken_as_it_is_and_answered_in_float64():
 
 def test_the_magnitude_of_a_gradient_is_the_sum_of_its_terms_sizes():
     state = {"linear1.weight": np.zeros((2, 3)), "linear1.bias": np.zeros(2)}
-    passed = oracle.forward(mlp(), state, [[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]], train=True)
-    found = oracle.gradient_magnitudes(passed, np.array([[0.5, -0.5], [-0.25, 0.25]]))
+    images = [[1.0, -2.0, 0.0], [3.0, 4.0, -5.0]]
+    passed = oracle.forward(mlp(), state, images, train=True)
+    by_logits = np.array([[0.5, -0.5], [-0.25, 0.25]])
+    found = oracle.gradient_magnitudes(mlp(), state, images, passed, by_logits)
     assert found["linear1.weight"].tolist() == [[0.5 + 0.75, 1.0 + 1.0, 1.25]] * 2
     assert found["linear1.bias"].tolist() == [0.75, 0.75]
 
 
-def test_no_gradient_behind_images_and_relus_is_larger_than_its_magnitude():
+def test_no_gradient_is_larger_than_its_magnitude_and_those_around_batchnorm_are_far_smaller():
     model = dataclasses.replace(recipe.load("cnn").model, channels=(2, 3), hidden_sizes=(5,), dropout=0.0)
     leaves = params.leaves(model, (8, 8, 1), 4)
     generator = np.random.default_rng(0)
     state = {leaf.name: generator.uniform(0.1, 1, leaf.shape) for leaf in leaves}
-    passed = oracle.forward(model, state, generator.uniform(0, 1, (6, 8, 8, 1)), train=True)
+    images = generator.uniform(-1, 1, (6, 8, 8, 1))
+    passed = oracle.forward(model, state, images, train=True)
     by_logits = oracle.loss_gradient(passed.logits, generator.integers(0, 4, 6), CROSS_ENTROPY)
-    grads, magnitudes = oracle.backward(passed, by_logits), oracle.gradient_magnitudes(passed, by_logits)
+    grads = oracle.backward(passed, by_logits)
+    magnitudes = oracle.gradient_magnitudes(model, state, images, passed, by_logits)
     assert set(magnitudes) == set(grads)
-    assert all((magnitudes[f"norm{i}.weight"] == magnitudes[f"norm{i}.bias"]).all() for i in (1, 2, 3))
     for name, magnitude in magnitudes.items():
-        if name.startswith("norm") and name.endswith("weight"):
-            continue  # its x is taken as 1
+        assert magnitude.shape == grads[name].shape
         assert (np.abs(grads[name]) <= magnitude + ORACLE_SUM).all(), name
     assert np.abs(grads["conv1.bias"]).max() <= ORACLE_SUM < magnitudes["conv1.bias"].min()
+
+
+def test_the_magnitude_of_batchnorms_scale_is_by_the_size_of_the_normalized_values():
+    model = Model(name="mlp", hidden_sizes=(), activations=(), bias=False, input_batchnorm=True)
+    leaves = {"norm0.weight": [2.0], "norm0.bias": [1.0], "norm0.running_mean": [0.0], "norm0.running_var": [1.0]}
+    state = {name: np.array(value) for name, value in leaves.items()} | {"linear1.weight": np.eye(2)}
+    passed = oracle.forward(model, state, [[3.0, 5.0], [5.0, 3.0]], train=True)  # normalized: -1 and 1, but for eps
+    by_logits = np.array([[0.5, -0.25], [0.25, 0.5]])
+    found = oracle.gradient_magnitudes(model, state, [[3.0, 5.0], [5.0, 3.0]], passed, by_logits)
+    assert found["norm0.bias"].tolist() == [1.5]
+    assert_near(found["norm0.weight"], [1.5 / np.sqrt(1 + 1e-5)], tolerance=ORACLE_FORMULA)
 
 
 def test_the_magnitude_of_a_sum_adds_the_sizes_of_its_terms_and_its_bias():

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from spec import datasets, recipe
 from spec.datasets.catalog import IDX_SETS
@@ -23,7 +24,7 @@ from spec_tests.assertions import assert_identical, assert_no_shared_memory, ass
 from spec_tests.conftest import made_up_images
 from spec_tests.lockstep import __main__ as lockstep
 from spec_tests.lockstep.report import Epoch, Forced, Verdict, judge
-from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs, decided_on, deciding_scale, differing
+from spec_tests.lockstep.runs import Pair, StepByStep, by_epochs, cancelling, decided_on, deciding_scale, differing
 
 KINDS = ("mlp128", "sigmoid-mlp", "mlp128-batchnorm", "mnist-mlp256", "breast-cancer", "cnn")
 WHOLE_RUNS = [name for name in recipe.recipe_names() if name not in ("csv", "map-style", "cnn")]
@@ -58,9 +59,21 @@ def test_from_the_same_state_every_step_of_every_kind_of_recipe_agrees(name, pre
     assert_in_step(judge(pair.recipe, epochs, share_gates=False))
 
 
-def test_a_faulty_update_shows_in_a_forced_step_though_the_weights_hide_it():
-    # Without momentum a gradient that is 1 % off moves a weight by 1e-5 of its size or less.
-    pair = pair_of("mlp128-batchnorm", "float32")
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [
+        ("mlp128-batchnorm", "linear1.weight"),
+        ("mlp128-batchnorm", "norm0.weight"),
+        ("cnn", "conv1.weight"),
+        ("cnn", "norm1.weight"),
+        ("cnn", "linear1.weight"),
+        ("cnn", "linear2.bias"),
+    ],
+)
+def test_a_faulty_update_shows_in_a_forced_step_though_the_weights_hide_it(name, leaf):
+    # Without momentum a gradient that is 1 % off moves a weight by 1e-5 of its size or less; around BatchNorm the sizes
+    # of what cancels take the place of the gradient's own.
+    pair = pair_of(name, "float32")
     run = StepByStep(pair, share_gates=False, watch=True)
     make_step = run.forcing.follower.step
 
@@ -68,14 +81,24 @@ def test_a_faulty_update_shows_in_a_forced_step_though_the_weights_hide_it():
         before = run.forcing.follower.state()
         figures = make_step(images, labels, **given)
         after = run.forcing.follower.state()
-        off = before["linear1.weight"] + np.float32(1.01) * (after["linear1.weight"] - before["linear1.weight"])
-        run.forcing.follower.load(after | {"linear1.weight": off}, run.forcing.follower.opt_state())
+        off = before[leaf] + np.float32(1.01) * (after[leaf] - before[leaf])
+        run.forcing.follower.load(after | {leaf: off}, run.forcing.follower.opt_state())
         return figures
 
     run.forcing.follower.step = faulty
     epochs = list(run.epochs(max_steps=3))
-    assert epochs[-1].forced.worst_leaf == "update.linear1.weight"
+    assert epochs[-1].forced.worst_leaf == f"update.{leaf}"
     assert judge(pair.recipe, epochs, share_gates=False).broken
+
+
+def test_a_run_with_dropout_repeats_whatever_was_drawn_before_it():
+    ends = []
+    for drawn in (0, 3):
+        torch.rand(drawn)
+        run = StepByStep(pair_of("cnn", "float32"), share_gates=False, watch=False)
+        list(run.epochs(max_steps=4))
+        ends.append(run.leader.state())
+    assert_identical(*ends, item="torch's weights")
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "cnn"])
@@ -150,9 +173,20 @@ def test_given_equal_decisions_every_step_agrees_after_the_flip():
 def test_behind_batchnorm_the_scale_of_a_decision_grows_where_a_unit_hardly_moves():
     still, moving = np.array([[1.0, -1.0], [1.0, 1.0]]), np.full((2, 2), 8.0)
     activations = {"linear1": still, "norm1": still, "relu1": still, "linear2": moving, "relu2": moving}
-    sums = {"linear1": np.full((2, 2), 3.0), "linear2": np.full((2, 2), 5.0)}
-    assert deciding_scale(activations, sums, "relu2") == 5
-    assert deciding_scale(activations, sums, "relu1") == 3 / math.sqrt(BATCHNORM_EPSILON)
+    sums = {"linear1": np.array([[3.0, 3.0], [2.0, 4.0]]), "linear2": np.array([[5.0, 6.0], [7.0, 1.0]])}
+    state = {"norm1.weight": np.array([1.0, -0.5])}
+    assert deciding_scale(state, activations, sums, "relu2") == 7
+    assert deciding_scale(state, activations, sums, "relu1") == 3 / math.sqrt(BATCHNORM_EPSILON)
+    nearly_off = {"norm1.weight": np.array([1e-6, -0.5])}
+    assert deciding_scale(nearly_off, activations, sums, "relu1") == 0.5 * 4 / math.sqrt(1 + BATCHNORM_EPSILON)
+
+
+def test_gradients_cancel_in_a_batchnorm_and_the_layer_before_it():
+    assert cancelling(("linear1", "relu1", "linear2")) == set()
+    assert cancelling(("norm0", "linear1", "relu1", "linear2")) == {"norm0"}
+    assert cancelling(("conv1", "norm1", "relu1", "pool1", "linear1", "norm2", "relu2", "linear2")) == {
+        "conv1", "norm1", "linear1", "norm2"
+    }  # fmt: skip
 
 
 def test_a_pool_decides_on_the_gap_between_the_two_largest_of_a_window():

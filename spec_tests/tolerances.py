@@ -82,7 +82,7 @@ def chain_bound(leaves: Iterable[Leaf], batch_values: int, dtype: np.typing.DTyp
 
 def flip_bound(terms: int, scale: float) -> float:
     """Return how far from undecided a float32 decision can be and still come out either way: four standard deviations
-    of the roundings of its longest sum, 4 sqrt(m) u, times the largest value that went into it."""
+    of the roundings of its longest sum, 4 sqrt(m) u, times the largest sum of sizes, sum |w x|, that went into it."""
     return 4 * math.sqrt(terms) * unit_roundoff(np.float32) * scale
 
 

@@ -71,7 +71,7 @@ class Trainer:
         order = epoch_order(self.recipe.seed, epoch, self.counts.num_examples)
         start, metrics = 0, []
         for step, (images, labels) in enumerate(data.batches(self.train_split, self.counts, order)):
-            self._seed_dropout(epoch, step)
+            seed_dropout(self.recipe, epoch, step)
             with self._autocast():
                 metrics.append(
                     train_step(
@@ -87,16 +87,17 @@ class Trainer:
                 yield StepsDone(epoch=epoch, start=start, stop=step + 1, losses=losses, num_correct=num_correct)
                 start, metrics = step + 1, []
 
-    def _seed_dropout(self, epoch: int, step: int) -> None:
-        """Give every step masks of its own that depend on (seed, epoch, step) alone."""
-        if self.recipe.model.dropout:
-            torch.manual_seed(int(np.random.SeedSequence([self.recipe.seed, epoch, step]).generate_state(1)[0]))
-
     def _autocast(self) -> AbstractContextManager:
         """Return the scope of bfloat16 products over float32 parameters, if the recipe asks for it."""
         if self.recipe.precision != "bfloat16":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def seed_dropout(recipe: Recipe, epoch: int, step: int) -> None:
+    """Give the step masks of its own that depend on (seed, epoch, step) alone (S7)."""
+    if recipe.model.dropout:
+        torch.manual_seed(int(np.random.SeedSequence([recipe.seed, epoch, step]).generate_state(1)[0]))
 
 
 def select_device(platform: str | None) -> torch.device:

@@ -102,22 +102,34 @@ def sum_magnitudes(
     return magnitudes
 
 
-def gradient_magnitudes(passed: Forward, logits_grad: np.ndarray) -> dict[str, np.ndarray]:
-    """Return, for every trained leaf, the sum of |g x| where its gradient is the sum of g x (S12.4).
+def gradient_magnitudes(
+    model: Model, state: Mapping[str, ArrayLike], inputs: ArrayLike, passed: Forward, logits_grad: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return, for every trained leaf, the sum of |g x| where its gradient is the sum of g x: how much of it cancels.
 
-    It says how much of the gradient cancels. x is 1 for a bias. It is not negative for a weight behind an image or a
-    relu; behind anything else what is returned is less than the sum, and a bound made of it stricter. For BatchNorm's
-    scale x has mean square 1, and is taken as 1.
+    x is the layer's input for a weight, the normalized value for BatchNorm's scale, and 1 for a bias (S12.4).
     """
+    entering = dict(zip(passed.activations, [_channels_first(inputs), *passed.activations.values()], strict=False))
     magnitudes: dict[str, np.ndarray] = {}
     grad = logits_grad
     for name, back in reversed(passed.tape):
-        _, own = back(np.abs(grad))
-        if _kind(name) == "norm":
-            own["weight"] = own["bias"]
-        magnitudes |= {f"{name}.{leaf}": value for leaf, value in own.items()}
+        if own := _own_leaves(state, name):
+            sizes = _size_gradients(model, name, own, entering[name], np.abs(grad))
+            magnitudes |= {f"{name}.{leaf}": value for leaf, value in sizes.items()}
         grad, _ = back(grad)
     return magnitudes
+
+
+def _size_gradients(
+    model: Model, name: str, own: dict[str, np.ndarray], x: np.ndarray, size: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the gradients by the layer's leaves with |g| = `size` for g and the sizes of x for x."""
+    if _kind(name) != "norm":
+        return _apply(model, name, own, np.abs(x), train=True, given=None).back(size)[1]
+    plain = own | {"weight": np.ones_like(own["weight"]), "bias": np.zeros_like(own["bias"])}
+    normalized = _apply(model, name, plain, x, train=True, given=None).output
+    by_channel = [(one.reshape(len(x), len(own["weight"]), -1)) for one in (size, np.abs(normalized))]
+    return {"weight": np.prod(by_channel, axis=0).sum(axis=(0, 2)), "bias": by_channel[0].sum(axis=(0, 2))}
 
 
 def gradients(

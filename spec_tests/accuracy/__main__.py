@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -24,19 +24,22 @@ from spec_tests.accuracy.tables import table
 
 
 def main() -> None:
-    """Make the runs that are missing, then print both tables."""
+    """Make the runs that are missing, then print the table of the recipes, or the claims, or both."""
     arguments = _arguments()
     _check(arguments)
+    recipe_runs, experiment_runs = list(_recipe_runs(arguments)), list(_experiment_runs(arguments))
     results, experiments = kept.load_results(), kept.load_experiments()
-    _measure(arguments, _recipe_runs(arguments), results, kept.RESULTS)
-    _measure(arguments, _experiment_runs(arguments), experiments, kept.EXPERIMENTS)
+    _measure(arguments, recipe_runs, results, kept.RESULTS)
+    _measure(arguments, experiment_runs, experiments, kept.EXPERIMENTS)
     if arguments.publish:
         publish(Path())
-    named = {run.key for run in _recipe_runs(arguments)}
-    if named or not arguments.experiment:
-        print(table({key: result for key, result in results.items() if key in named or not named}))
-    if not named:
-        print("", claims_table(results, experiments), sep="\n")
+    named = dict.fromkeys(run.key for run in recipe_runs)
+    if named:
+        print(table({key: results[key] for key in named}))
+    elif experiment_runs:
+        print(claims_table(results, experiments))
+    else:
+        print(table(results), claims_table(results, experiments), sep="\n\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -97,12 +100,11 @@ def _runs(arguments: argparse.Namespace, key: str, flags: tuple[str, ...]) -> It
             yield Run(key=key, framework=framework, seed=seed, flags=flags)
 
 
-def _measure(arguments: argparse.Namespace, runs: Iterator[Run], results: Results, file: Path) -> None:
+def _measure(arguments: argparse.Namespace, runs: Sequence[Run], results: Results, file: Path) -> None:
     """Make the runs that are missing, `--jobs` at once; put each into `results` as it ends, and keep it if asked to."""
-    asked = list(runs)
-    missing = [run for run in asked if not kept.has(results, run) or arguments.again]
-    if there := len(asked) - len(missing):
-        said = f"{there} of {len(asked)} runs are kept in {file} and not made again; --again makes them"
+    missing = [run for run in runs if not kept.has(results, run) or arguments.again]
+    if there := len(runs) - len(missing):
+        said = f"{there} of {len(runs)} runs are kept in {file} and not made again; --again makes them"
         print(said, file=sys.stderr)
     pool = ThreadPoolExecutor(arguments.jobs)
     try:

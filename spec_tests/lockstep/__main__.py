@@ -94,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.json:
         check_target(arguments.json, flag="--json")
+    if arguments.keep:
+        RESULTS.parent.mkdir(exist_ok=True)
+        check_target(RESULTS, flag="--keep")
     for name in ("epochs", "steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -139,7 +142,6 @@ def _write(report: dict, arguments: argparse.Namespace) -> None:
     if arguments.json:
         _write_json(arguments.json, report, flag="--json")
     if arguments.keep:
-        RESULTS.parent.mkdir(exist_ok=True)
         _write_json(RESULTS, dict(sorted((load_results() | {key(report): report}).items())), flag="--keep")
 
 

@@ -27,7 +27,7 @@ def key(report: Mapping) -> str:
 
 
 def longest(results: Mapping[str, dict], recipe: str) -> dict[str, dict]:
-    """Return a recipe's longest report of each mode of MODES that was run."""
+    """Return a recipe's report of each mode of MODES that was run: of its own epochs, else the longest."""
     reports = {
         mode: [
             report
@@ -36,9 +36,11 @@ def longest(results: Mapping[str, dict], recipe: str) -> dict[str, dict]:
         ]
         for mode, which in MODES.items()
     }
-    return {
-        mode: max(found, key=lambda report: report["epochs"][-1]["steps"]) for mode, found in reports.items() if found
-    }
+    return {mode: max(found, key=_preference) for mode, found in reports.items() if found}
+
+
+def _preference(report: Mapping) -> tuple[bool, int]:
+    return not (report["max_steps"] or report["max_epochs"]), report["epochs"][-1]["steps"]
 
 
 def table(results: Mapping[str, dict]) -> str:

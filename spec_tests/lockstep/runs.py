@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -112,6 +113,7 @@ class StepByStep:
         """Make one step on both sides; return how much their losses differ."""
         images, labels = self.pair.train.inputs[batch], self.pair.train.labels[batch]
         before = (self.leader.state(), self.leader.opt_state()) if self.forcing else None
+        torch_ref.trainer.seed_dropout(self.pair.recipe, epoch, step)
         theirs, _ = self.leader.step(images, labels)
         decisions = self.leader.last_decisions
         handed = decisions if self.share_gates else _masks(decisions)
@@ -142,6 +144,7 @@ class Forcing:
         self.pair = pair
         self.follower = JaxAdapter(pair.network)
         self.truth = OracleAdapter(pair.network)
+        self.cancelling = cancelling(oracle.layer_names(pair.recipe.model))
         self.report = Forced(steps=0, worst_ratio=0.0, worst_leaf="", flips=0, largest_flip=0.0, worst_flip=0.0)
 
     def step(self, images, labels, decisions: Arrays, state: Arrays, opt_state: Arrays, *, after: tuple) -> None:
@@ -163,12 +166,14 @@ class Forcing:
         )
         ours, theirs, truth = (self._results(state, *side) for side in sides)
         terms = self.pair.network.longest_sum(len(labels))
-        passed = oracle.forward(self.pair.recipe.model, state, images, train=True, decisions=decisions)
-        magnitudes = self._magnitudes(passed, labels, int(opt_state["step"]))
+        magnitudes, bounds = {}, []
+        if self.cancelling or flips:
+            passed = oracle.forward(self.pair.recipe.model, state, images, train=True, decisions=decisions)
+            magnitudes = self._magnitudes(passed, state, images, labels, int(opt_state["step"]))
+            bounds = self._flip_bounds(flips, terms, state, images, passed)
         precision = self.pair.recipe.precision
         ratios = error_ratios(ours, theirs, truth, terms=terms, dtype=precision, magnitudes=magnitudes)
         leaf = max(ratios, key=ratios.get)
-        bounds = self._flip_bounds({layer for layer, _ in flips}, terms, state, images, passed)
         worse = ratios[leaf] > self.report.worst_ratio
         self.report = Forced(
             steps=self.report.steps + 1,
@@ -177,27 +182,31 @@ class Forcing:
             flips=self.report.flips + len(flips),
             largest_flip=max([self.report.largest_flip, *sizes]),
             worst_flip=max(
-                [self.report.worst_flip, *(size / bounds[layer] for size, (layer, _) in zip(sizes, flips, strict=True))]
+                [self.report.worst_flip, *(size / bound for size, bound in zip(sizes, bounds, strict=True))]
             ),
         )
 
     def _flip_bounds(
-        self, layers: set[str], terms: int, state: Arrays, images: np.ndarray, passed: oracle.Forward
-    ) -> dict[str, float]:
-        """Return how far from undecided a decision of each of these layers may be that flips (S9.6)."""
-        if not layers:
-            return {}
+        self, flips: list[tuple], terms: int, state: Arrays, images: np.ndarray, passed: oracle.Forward
+    ) -> list[float]:
+        """Return, for each flip, how far from undecided its decision may be (S9.6)."""
         sums = oracle.sum_magnitudes(self.pair.recipe.model, state, images, passed)
-        return {layer: flip_bound(terms, deciding_scale(passed.activations, sums, layer)) for layer in layers}
+        scales = {
+            layer: deciding_scale(state, passed.activations, sums, layer) for layer in {flip[0] for flip in flips}
+        }
+        return [flip_bound(terms, scales[layer]) for layer, _ in flips]
 
-    def _magnitudes(self, passed: oracle.Forward, labels: np.ndarray, step: int) -> dict[str, float]:
-        """Return the largest sum |g x| of each leaf of a network with BatchNorm, where sums nearly cancel (S5.4)."""
-        recipe, network = self.pair.recipe, self.pair.network
-        if not any(leaf.role == "scale" for leaf in network.leaves):
+    def _magnitudes(
+        self, passed: oracle.Forward, state: Arrays, images: np.ndarray, labels: np.ndarray, step: int
+    ) -> dict[str, float]:
+        """Return the largest sum |g x| of each leaf of the `cancelling` layers."""
+        if not self.cancelling:
             return {}
-        summed = oracle.gradient_magnitudes(passed, oracle.loss_gradient(passed.logits, labels, recipe.loss))
+        recipe, network = self.pair.recipe, self.pair.network
+        by_logits = oracle.loss_gradient(passed.logits, labels, recipe.loss)
+        summed = oracle.gradient_magnitudes(recipe.model, state, images, passed, by_logits)
         rate = oracle.learning_rate(recipe, step // network.steps_per_epoch + 1)
-        sizes = {name: float(np.abs(values).max()) for name, values in summed.items()}
+        sizes = {name: float(sums.max()) for name, sums in summed.items() if name.split(".")[0] in self.cancelling}
         buffers = {f"momentum_buffer.{name}": size for name, size in sizes.items()}
         return buffers | {f"update.{name}": rate * size for name, size in sizes.items()}
 
@@ -212,6 +221,12 @@ class Forcing:
         if self.pair.recipe.optimizer.name == "adam":
             return buffers | {name: array for name, array in state.items() if name not in trained}
         return state | buffers | {f"update.{name}": state[name].astype(np.float64) - before[name] for name in trained}
+
+
+def cancelling(names: tuple[str, ...]) -> set[str]:
+    """Return the BatchNorms and the layers before them: their gradients add up to nearly 0 over a channel (S5.4)."""
+    before = {name for name, after in itertools.pairwise(names) if after.startswith("norm")}
+    return before | {name for name in names if name.startswith("norm")}
 
 
 def differing(ours: Arrays, theirs: Arrays) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -237,19 +252,21 @@ def decided_on(activations: Arrays, layer: str, place: tuple[int, ...]) -> float
     return float(first - second)
 
 
-def deciding_scale(activations: Arrays, sums: Arrays, layer: str) -> float:
-    """Return the largest sum of sizes that went into a decision of `layer`, in the unit it is made in.
+def deciding_scale(state: Arrays, activations: Arrays, sums: Arrays, layer: str) -> float:
+    """Return the largest sum of sizes that went into the decisions of `layer`, in the unit they are made in.
 
-    `sums` holds sum |w x| + |b| of every layer that sums (`oracle.sum_magnitudes`). Behind a BatchNorm it is divided by
-    the channel's sqrt(var + eps), for that is how much the rounding of the sum grows there.
+    `sums` holds sum |w x| + |b| of every layer that sums (`oracle.sum_magnitudes`). Behind a BatchNorm it is times
+    |scale| / sqrt(var + eps) of the channel: as much as the rounding of the sum grows there. The largest of the layer
+    counts, for what is off in one channel enters every sum of the next layer.
     """
     before = list(activations)[: list(activations).index(layer)]
     summing = next(name for name in reversed(before) if name in sums)
     axes = (0, *range(2, sums[summing].ndim))
     largest = sums[summing].max(axis=axes)
-    if not any(name.startswith("norm") for name in before[before.index(summing) :]):
-        return float(largest.max())
-    return float((largest / np.sqrt(activations[summing].var(axis=axes) + BATCHNORM_EPSILON)).max())
+    for norm in [name for name in before[before.index(summing) :] if name.startswith("norm")]:
+        deviation = np.sqrt(activations[summing].var(axis=axes) + BATCHNORM_EPSILON)
+        largest = largest * np.abs(state[f"{norm}.weight"]) / deviation
+    return float(largest.max())
 
 
 def _input(activations: Arrays, layer: str) -> np.ndarray:

@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if flags.list:
         console.print("\n".join(f"{one.clause} {one.name}: {one.says}" for one in chosen), markup=False)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the copies are removed
+    if flags.keep:
+        _check_keep(chosen)
     if not baseline_passes(chosen, flags.jobs, console):
         console.print("the unmutated copy fails its own tests: mend them first")
         sys.exit(1)
@@ -113,11 +114,38 @@ def show(outcomes: Mapping[Mutant, Outcome], console: Console) -> None:
 def matrix(outcomes: Mapping[Mutant, Outcome], earlier: Mapping | None = None) -> dict:
     """Return the matrix as it is kept in a file: these outcomes, and those of an `earlier` one by the same versions for
     the catalogue's other mutants."""
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS}
-    rows = {row["name"]: row for row in earlier["mutants"]} if earlier and earlier["versions"] == versions else {}
-    rows |= {mutant.name: _row(mutant, outcome) for mutant, outcome in outcomes.items()}
-    rows = [rows[mutant.name] for mutant in MUTANTS if mutant.name in rows]
+    versions = versions_here()
+    known = earlier["mutants"] if earlier and earlier["versions"] == versions else []
+    rows = {(row["name"], row["clause"], row["says"], row["file"]): row for row in known}
+    rows |= {_identity(mutant): _row(mutant, outcome) for mutant, outcome in outcomes.items()}
+    rows = [rows[_identity(mutant)] for mutant in MUTANTS if _identity(mutant) in rows]
     return {"killed": sum(row["result"] == "killed" for row in rows), "mutants": rows, "versions": versions}
+
+
+def versions_here() -> dict[str, str]:
+    """Return the versions that a matrix depends on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
+def _check_keep(chosen: Sequence[Mutant]) -> None:
+    """Raise UserError, before anything runs, if what these mutants give cannot be kept."""
+    (ROOT / RESULTS).parent.mkdir(exist_ok=True)
+    check_target(ROOT / RESULTS, flag="--keep")
+    if len(chosen) < len(MUTANTS) and load_results(ROOT).get("versions", versions_here()) != versions_here():
+        raise UserError(
+            f"--keep: {RESULTS} is of other versions than those installed, and {len(chosen)} of {len(MUTANTS)} mutants "
+            "would replace it; run the whole matrix, or use --json FILE"
+        )
+
+
+def _identity(mutant: Mutant) -> tuple[str, ...]:
+    return mutant.name, mutant.clause, mutant.says, mutant.path
+
+
+def _terminate(*_: object) -> None:
+    """Leave by way of the clean-up, which removes the copies, and let no second signal break it off."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _row(mutant: Mutant, outcome: Outcome) -> dict:
@@ -155,7 +183,7 @@ def _write(path: Path, content: Mapping) -> None:
     try:
         write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}; name another file with --json") from None
+        raise UserError(f"{path} cannot be written: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,4 +198,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     run_program(main)

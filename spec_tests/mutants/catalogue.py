@@ -1502,8 +1502,8 @@ S7 = (
         clause="S7",
         says="the masks' seed does not know the step",
         path=TORCH_TRAINER,
-        old="[self.recipe.seed, epoch, step]",
-        new="[self.recipe.seed, epoch]",
+        old="[recipe.seed, epoch, step]",
+        new="[recipe.seed, epoch]",
         only="mask_of_its_own",
     ),
     Mutant(
@@ -1511,8 +1511,8 @@ S7 = (
         clause="S7",
         says="the masks' seed does not know the epoch",
         path=TORCH_TRAINER,
-        old="[self.recipe.seed, epoch, step]",
-        new="[self.recipe.seed, step]",
+        old="[recipe.seed, epoch, step]",
+        new="[recipe.seed, step]",
         only="mask_of_its_own",
     ),
     Mutant(
@@ -1520,8 +1520,8 @@ S7 = (
         clause="S7",
         says="the masks come from whatever state torch's generator is in",
         path=TORCH_TRAINER,
-        old="if self.recipe.model.dropout:",
-        new="if self.recipe.model.dropout is True:",
+        old="if recipe.model.dropout:",
+        new="if recipe.model.dropout is True:",
         only="mask_of_its_own",
     ),
 )
