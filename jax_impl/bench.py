@@ -193,10 +193,9 @@ def chart(report: Mapping, path: Path) -> None:
     axes = figure.subplots()
     axes.barh([BASELINES[name] for name in names], medians, xerr=[below, above], color="#4878a8", capsize=3)
     axes.axvline(1, color="black", linewidth=1)
-    for index, median in enumerate(medians):
-        axes.annotate(
-            f"{median:.1f}", (0, index), xytext=(6, 0), textcoords="offset points", color="white", va="center"
-        )
+    for index, (median, more) in enumerate(zip(medians, above, strict=True)):
+        axes.annotate(f"{median:.1f}", (median + more, index), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.1)
     axes.set_xlabel("their time over ours: median and range")
     turns = len(next(iter(drawn.values())))
     axes.set_title(f"{report['recipe']}, {turns} turns, {report['machine']}, {report['date']}", fontsize=10)
