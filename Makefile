@@ -8,6 +8,8 @@ COLAB_CONSTRAINTS = constraints/colab.txt
 BIN = $(VENV)/bin
 SOURCES = spec jax_impl torch_ref spec_tests
 WORKERS ?= auto
+# As many workers as cores: threads of torch's own in each would only wait for one another.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: train test test-all test-colab data lint format wheel clean
 
@@ -15,13 +17,13 @@ train: $(VENV)/.train
 	$(BIN)/python -m jax_impl.train
 
 test: lint data
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint data
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST)
 
 test-colab: $(COLAB_VENV)/.test
-	$(COLAB_VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(COLAB_VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
 # Without any source for it, the tests on real data say that they skip.
 data: $(VENV)/.test
