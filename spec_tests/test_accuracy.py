@@ -244,15 +244,17 @@ def test_runs_that_are_kept_are_not_made_again_and_only_what_was_asked_is_printe
     monkeypatch.setattr(command.kept, "has", lambda results, run: True)
     monkeypatch.setattr(command, "train", None)
     printed = {}
-    for asked in ("digits --seeds 2", "--experiment mlp128-1-epoch --framework jax --seeds 3", ""):
+    experiment = "--experiment mlp128-1-epoch --framework jax --seeds 3"
+    for asked in ("digits --seeds 2", experiment, f"digits {experiment}", ""):
         monkeypatch.setattr(sys, "argv", ["accuracy", *asked.split()])
         command.main()
         printed[asked] = capsys.readouterr()
-    digits, experiment, all_ = printed.values()
+    digits, experiment, both, all_ = printed.values()
     assert "4 of 4 runs are kept in results/accuracy.json and not made again; --again makes them" in digits.err
     assert "3 of 3 runs are kept in results/experiments.json" in experiment.err
     assert digits.out.strip() == accuracy.table({"digits": RESULTS["digits"]})
     assert experiment.out.strip() == accuracy.claims_table(RESULTS, EXPERIMENTS)
+    assert both.out.strip() == digits.out.strip() + "\n\n" + experiment.out.strip()
     assert all_.out.strip() == accuracy.table(RESULTS) + "\n\n" + accuracy.claims_table(RESULTS, EXPERIMENTS)
 
 

@@ -51,7 +51,8 @@ SEVEN_DIGITS = 1e-6
 ORACLE_FORMULA = 64 * 2.0**-53
 ORACLE_SUM = 1024 * 2.0**-53
 
-# No comparison may allow more than this of the largest value (or of 1), however its bound was computed.
+# Neither `assert_within` nor the floor of `error_ratios` may allow more than this of the largest value, however the
+# bound was computed; an absolute bound of `assert_within` may allow it of 1.
 CEILING_FLOAT32 = 1e-3
 CEILING_FLOAT64 = 1e-9
 

@@ -34,12 +34,9 @@ def main() -> None:
     if arguments.publish:
         publish(Path())
     named = dict.fromkeys(run.key for run in recipe_runs)
-    if named:
-        print(table({key: results[key] for key in named}))
-    elif experiment_runs:
-        print(claims_table(results, experiments))
-    else:
-        print(table(results), claims_table(results, experiments), sep="\n\n")
+    tables = [table({key: results[key] for key in named or results})] if named or not experiment_runs else []
+    tables += [claims_table(results, experiments)] if experiment_runs or not named else []
+    print(*tables, sep="\n\n")
 
 
 def _arguments() -> argparse.Namespace:
