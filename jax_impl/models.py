@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 from flax import nnx
@@ -14,16 +15,16 @@ from jax_impl.layers import ACTIVATIONS, BatchNorm, conv_general_dilated, max_po
 from spec.params import KERNEL_SIZE
 from spec.recipe import Model
 
-Hook = Callable[[str, jax.Array, jax.Array], jax.Array]
+Hooks = Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]]
+"""For some layers, by name, what torch calls a forward hook: a function of the layer's input x and output y to what the
+network goes on with. Comparisons read activations through it, and hand over dropout masks and gates (S9)."""
+
+NO_HOOKS: Hooks = MappingProxyType({})
 
 
-def keep(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return `y`: the hook that changes nothing.
-
-    As torch's forward hooks do, a hook sees the input `x` and the output `y` of the layer `name` and returns what the
-    network goes on with. Comparisons read activations through it, and hand over dropout masks and gates (S9).
-    """
-    return y
+def hooked(hooks: Hooks, name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the output `y` of the layer `name`, or what its hook makes of it and the input `x`."""
+    return hooks[name](x, y) if name in hooks else y
 
 
 class MLP(nnx.Module):
@@ -48,19 +49,19 @@ class MLP(nnx.Module):
         *,
         train: bool,
         dropout_key: Key[Array, ""] | None = None,
-        hook: Hook = keep,
+        hooks: Hooks = NO_HOOKS,
     ) -> Float[Array, "batch outputs"]:
         """Return logits [batch, outputs] for `images` [batch, ...]; `dropout_key` is not used."""
         if self.input_batchnorm:
-            images = hook("norm0", images, self.norm0(images[..., None], train=train)[..., 0])
+            images = hooked(hooks, "norm0", images, self.norm0(images[..., None], train=train)[..., 0])
         hidden = images.reshape(images.shape[0], -1)
         for index, activation in enumerate(self.activations, start=1):
-            hidden = self._linear(index, hidden, hook)
-            hidden = hook(f"{activation}{index}", hidden, ACTIVATIONS[activation](hidden))
-        return self._linear(len(self.activations) + 1, hidden, hook)
+            hidden = self._linear(index, hidden, hooks)
+            hidden = hooked(hooks, f"{activation}{index}", hidden, ACTIVATIONS[activation](hidden))
+        return self._linear(len(self.activations) + 1, hidden, hooks)
 
-    def _linear(self, index: int, x: jax.Array, hook: Hook) -> jax.Array:
-        return hook(f"linear{index}", x, getattr(self, f"linear{index}")(x))
+    def _linear(self, index: int, x: jax.Array, hooks: Hooks) -> jax.Array:
+        return hooked(hooks, f"linear{index}", x, getattr(self, f"linear{index}")(x))
 
 
 class CNN(nnx.Module):
@@ -90,27 +91,34 @@ class CNN(nnx.Module):
         *,
         train: bool,
         dropout_key: Key[Array, ""] | None = None,
-        hook: Hook = keep,
+        hooks: Hooks = NO_HOOKS,
     ) -> Float[Array, "batch outputs"]:
         """Return logits [batch, outputs] for `images` [batch, h, w, channels]; training needs `dropout_key`."""
         hidden = images
         for index in range(1, self.num_convs + 1):
-            hidden = self._normalized(f"conv{index}", index, hidden, train, hook)
-            hidden = hook(f"pool{index}", hidden, max_pool_2x2(hidden))
+            hidden = self._pooled(index, hidden, train, hooks)
         hidden = hidden.reshape(hidden.shape[0], -1)
         rngs = nnx.Rngs(dropout=dropout_key) if train else None
         for index in range(1, self.num_hidden + 1):
-            hidden = self._normalized(f"linear{index}", self.num_convs + index, hidden, train, hook)
+            hidden = self._normalized(f"linear{index}", self.num_convs + index, hidden, train, hooks)
             dropped = self.dropout(hidden, deterministic=not train, rngs=rngs)
-            hidden = hook(f"dropout{index}", hidden, dropped)
+            hidden = hooked(hooks, f"dropout{index}", hidden, dropped)
         last = f"linear{self.num_hidden + 1}"
-        return hook(last, hidden, getattr(self, last)(hidden))
+        return hooked(hooks, last, hidden, getattr(self, last)(hidden))
 
-    def _normalized(self, name: str, index: int, x: jax.Array, train: bool, hook: Hook) -> jax.Array:
+    def _pooled(self, index: int, x: jax.Array, train: bool, hooks: Hooks) -> jax.Array:
+        """Return pool(relu(norm(conv(x)))), in one step where nobody looks between."""
+        if not train or hooks.keys() & {f"norm{index}", f"relu{index}", f"pool{index}"}:
+            hidden = self._normalized(f"conv{index}", index, x, train, hooks)
+            return hooked(hooks, f"pool{index}", hidden, max_pool_2x2(hidden))
+        weighted = hooked(hooks, f"conv{index}", x, getattr(self, f"conv{index}")(x))
+        return getattr(self, f"norm{index}").relu_pool(weighted)
+
+    def _normalized(self, name: str, index: int, x: jax.Array, train: bool, hooks: Hooks) -> jax.Array:
         """Return relu(norm(layer(x))) for the layer `name` and the norm and relu of that index."""
-        weighted = hook(name, x, getattr(self, name)(x))
-        normalized = hook(f"norm{index}", weighted, getattr(self, f"norm{index}")(weighted, train=train))
-        return hook(f"relu{index}", normalized, jax.nn.relu(normalized))
+        weighted = hooked(hooks, name, x, getattr(self, name)(x))
+        normalized = hooked(hooks, f"norm{index}", weighted, getattr(self, f"norm{index}")(weighted, train=train))
+        return hooked(hooks, f"relu{index}", normalized, jax.nn.relu(normalized))
 
 
 def _conv3x3(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> nnx.Conv:
@@ -142,9 +150,9 @@ def apply(
     *,
     train: bool,
     dropout_key: Key[Array, ""] | None = None,
-    hook: Hook = keep,
+    hooks: Hooks = NO_HOOKS,
 ) -> tuple[Float[Array, "batch outputs"], dict]:
     """Return logits [batch, outputs] and the BatchNorm statistics after the call; a pure function of plain dicts."""
     model = nnx.merge(graphdef, params, batch_stats)
-    logits = model(images, train=train, dropout_key=dropout_key, hook=hook)
+    logits = model(images, train=train, dropout_key=dropout_key, hooks=hooks)
     return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from jax_impl.models import Hook, apply, keep
+from jax_impl.models import NO_HOOKS, Hooks, apply
 from jax_impl.objective import example_losses, predictions
 from spec.recipe import Loss
 
@@ -45,15 +45,15 @@ EvalStep = Callable[[TrainState, jax.Array, jax.Array], ExampleMetrics]
 
 
 def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Gradients:
-    """Return the function of (params, batch_stats, images [batch, ...], labels [batch] int32, dropout key, hook) to
+    """Return the function of (params, batch_stats, images [batch, ...], labels [batch] int32, dropout key, hooks) to
     (grads, (batch_stats, metrics)): the gradient of the batch's objective, and what else the forward pass gave.
 
-    `dtype` is that of the forward and backward pass; parameters keep their own. `hook` changes nothing unless given.
+    `dtype` is that of the forward and backward pass; parameters keep their own. `hooks` are those of `models.apply`.
     """
 
-    def objective(params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, key: jax.Array, hook: Hook):
+    def objective(params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, key: jax.Array, hooks: Hooks):
         logits, batch_stats = apply(
-            graphdef, _cast(params, dtype), batch_stats, images.astype(dtype), train=True, dropout_key=key, hook=hook
+            graphdef, _cast(params, dtype), batch_stats, images.astype(dtype), train=True, dropout_key=key, hooks=hooks
         )
         losses = example_losses(_at_least_float32(logits), labels, loss)
         objective = losses.sum() if loss.reduction == "sum" else losses.mean()
@@ -64,7 +64,7 @@ def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Grad
 
 
 def make_train_step(gradients: Gradients, optimizer: optax.GradientTransformation) -> TrainStep:
-    """Return the function of (state, images [batch, ...], labels [batch] int32, dropout key, hook) to (state, metrics),
+    """Return the function of (state, images [batch, ...], labels [batch] int32, key, hooks) to (state, metrics),
     for the `gradients` that `make_gradients` gives."""
 
     def train_step(
@@ -72,9 +72,9 @@ def make_train_step(gradients: Gradients, optimizer: optax.GradientTransformatio
         images: Float[Array, "batch ..."],
         labels: Int[Array, " batch"],
         key: Key[Array, ""],
-        hook: Hook = keep,
+        hooks: Hooks = NO_HOOKS,
     ) -> tuple[TrainState, StepMetrics]:
-        grads, (batch_stats, metrics) = gradients(state.params, state.batch_stats, images, labels, key, hook)
+        grads, (batch_stats, metrics) = gradients(state.params, state.batch_stats, images, labels, key, hooks)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state), metrics
 

@@ -32,7 +32,7 @@ import torch_ref.step
 from jax_impl.trainer import precision_scope
 from spec import oracle, params
 from spec.params import Leaf
-from spec.recipe import Recipe
+from spec.recipe import Model, Recipe
 
 Arrays = dict[str, np.ndarray]
 
@@ -168,8 +168,8 @@ class JaxAdapter:
         gradients = jax_impl.step.make_gradients(self._graph, recipe.loss, self._dtype)
         train_step = jax_impl.step.make_train_step(gradients, self._optimizer)
         rate = recipe.model.dropout or 0.0
-        self._gradients = jax.jit(lambda *given: gradients(*given[:-1], _jax_hook(given[-1], rate)))
-        self._train_step = jax.jit(lambda *given: train_step(*given[:-1], _jax_hook(given[-1], rate)))
+        self._gradients = jax.jit(lambda *given: gradients(*given[:-1], _jax_hooks(given[-1], rate)))
+        self._train_step = jax.jit(lambda *given: train_step(*given[:-1], _jax_hooks(given[-1], rate)))
         self._eval_step = jax.jit(jax_impl.step.make_eval_step(self._graph, recipe.loss, self._dtype))
         self._forward = jax.jit(self._traced_forward, static_argnames="train")
         with self._scope():
@@ -237,9 +237,9 @@ class JaxAdapter:
 
     def _traced_forward(self, trained, batch_stats, images, key, decisions, *, train: bool):
         recorded: tuple[dict, dict] = ({}, {})
-        hook = _jax_hook(decisions, self.network.recipe.model.dropout or 0.0, recorded, train=train)
+        hooks = _recording_hooks(self.network.recipe.model, decisions, train, recorded)
         _, batch_stats = jax_impl.models.apply(
-            self._graph, trained, batch_stats, images, train=train, dropout_key=key, hook=hook
+            self._graph, trained, batch_stats, images, train=train, dropout_key=key, hooks=hooks
         )
         activations, decided = recorded
         return (activations, {name: array for name, array in decided.items() if array is not None}), batch_stats
@@ -378,31 +378,44 @@ def _kind(name: str) -> str:
     return name.rstrip("0123456789")
 
 
-def _jax_hook(
-    decisions: Mapping[str, jax.Array], rate: float, recorded: tuple[dict, dict] | None = None, *, train: bool = True
-) -> jax_impl.models.Hook:
-    """Return a hook that lets the given `decisions` lead, and records (activations, decisions), channels last."""
+def _jax_hooks(decisions: Mapping[str, jax.Array], rate: float) -> jax_impl.models.Hooks:
+    """Return the hooks that let the given `decisions` lead; the other layers have none, as in training."""
+    return {name: functools.partial(_decided, _kind(name), given, rate) for name, given in decisions.items()}
 
-    def hook(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        kind, given = _kind(name), decisions.get(name)
-        if kind == "relu":
-            decided = x > 0 if given is None else given
-            y = y if given is None else jnp.where(given, x, 0)
-        elif kind == "pool":
-            windows = _jax_windows(x)
-            decided = windows.argmax(axis=-1).astype(jnp.int8) if given is None else given
-            y = y if given is None else jnp.take_along_axis(windows, given[..., None].astype(jnp.int32), -1)[..., 0]
-        elif kind == "dropout" and train:
-            decided = y != 0 if given is None else given
-            y = y if given is None else jnp.where(given, x / (1 - rate), 0)
-        else:
-            decided = None
-        if recorded is not None:
-            recorded[0][name] = y
-            recorded[1][name] = decided
-        return y
 
-    return hook
+def _recording_hooks(
+    model: Model, decisions: Mapping[str, jax.Array], train: bool, recorded: tuple[dict, dict]
+) -> jax_impl.models.Hooks:
+    """Return hooks that let the given `decisions` lead and record every layer's (activations, decisions)."""
+    if not train:
+        decisions = {name: given for name, given in decisions.items() if _kind(name) != "dropout"}
+    leading = _jax_hooks(decisions, model.dropout or 0.0)
+    activations, decided = recorded
+
+    def record(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        activations[name] = leading[name](x, y) if name in leading else y
+        decided[name] = decisions.get(name, _decision(_kind(name), x, y, train))
+        return activations[name]
+
+    return {name: functools.partial(record, name) for name in oracle.layer_names(model)}
+
+
+def _decided(kind: str, given: jax.Array, rate: float, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return what a layer of that kind makes of `x` where its decision is given, channels last."""
+    if kind == "relu":
+        return jnp.where(given, x, 0)
+    if kind == "pool":
+        return jnp.take_along_axis(_jax_windows(x), given[..., None].astype(jnp.int32), -1)[..., 0]
+    return jnp.where(given, x / (1 - rate), 0)
+
+
+def _decision(kind: str, x: jax.Array, y: jax.Array, train: bool) -> jax.Array | None:
+    """Return what a layer of that kind decided, None where it decides nothing."""
+    if kind == "relu":
+        return x > 0
+    if kind == "pool":
+        return _jax_windows(x).argmax(axis=-1).astype(jnp.int8)
+    return y != 0 if kind == "dropout" and train else None
 
 
 def _jax_windows(x: jax.Array) -> jax.Array:
