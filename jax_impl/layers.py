@@ -73,8 +73,7 @@ def normalize_batch(
 
 
 def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
-    mean, var = _mean_and_variance(x)
-    inverse = lax.rsqrt(var + BATCHNORM_EPSILON)
+    mean, var, inverse = _statistics(x)
     return ((x - mean) * (inverse * scale) + bias, mean, var), (x, mean, inverse, scale)
 
 
@@ -88,11 +87,12 @@ def _normalize_backward(saved: tuple, grads: tuple) -> tuple[jax.Array, jax.Arra
     return x_grad, scale_grad, bias_grad
 
 
-def _mean_and_variance(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the mean and the biased variance over all axes but the last: [features] each."""
+def _statistics(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return mean, biased variance and 1 / sqrt(var + eps) over all axes but the last: [features] each."""
     flat = x.reshape(-1, x.shape[-1])
     mean = flat.mean(axis=0)
-    return mean, jnp.square(flat - mean).mean(axis=0)
+    var = jnp.square(flat - mean).mean(axis=0)
+    return mean, var, lax.rsqrt(var + BATCHNORM_EPSILON)
 
 
 normalize_batch.defvjp(_normalize_forward, _normalize_backward)
@@ -122,8 +122,7 @@ def normalize_relu_pool(
 
 
 def _normalize_relu_pool_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
-    mean, var = _mean_and_variance(x)
-    inverse = lax.rsqrt(var + BATCHNORM_EPSILON)
+    mean, var, inverse = _statistics(x)
     sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
     largest = sign * lax.reduce_window(sign * x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     pooled = jax.nn.relu((largest - mean) * (inverse * scale) + bias)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import torch_ref.trainer
 from jax_impl.epoch import DeviceSplit, Span, make_run_steps
-from jax_impl.layers import BatchNorm, normalize_batch
+from jax_impl.layers import BatchNorm, max_pool_2x2, normalize_batch, normalize_relu_pool
 from jax_impl.step import StepMetrics, TrainState
 from jax_impl.trainer import precision_scope
 from spec import oracle, params, recipe
@@ -92,6 +94,46 @@ def test_the_gradient_is_that_of_the_equation_by_central_differences():
                 sides.append(loss(*values[:index], moved, *values[index + 1 :]))
             difference = (sides[0] - sides[1]) / (2 * DIFFERENCE_STEP)
             assert grad[position] == pytest.approx(difference, abs=CENTRAL_DIFFERENCE)
+
+
+def pooled_in_three_steps(x, scale, bias):
+    normalized, mean, var = normalize_batch(x, scale, bias)
+    return max_pool_2x2(jax.nn.relu(normalized)), mean, var
+
+
+@settings(deadline=None, max_examples=8)
+@given(
+    batch=st.integers(2, 3),
+    height=st.integers(2, 5),
+    width=st.integers(2, 5),
+    seed=st.integers(0, 999),
+    ties=st.booleans(),
+)
+def test_normalising_and_pooling_in_one_step_is_the_same_as_in_three(batch, height, width, seed, ties):
+    # Channels of a positive, a negative and no scale; whole numbers make ties, which rounding leaves ties.
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((batch, height, width, 3))
+    x = np.round(x) if ties else x
+    scale, bias = np.array([1.5, -0.7, 0.0]), np.array([0.2, 0.3, 0.4])
+    with precision_scope("float64"):
+        leaves = [jnp.asarray(array) for array in (x, scale, bias)]
+        output, back = jax.vjp(lambda *leaves: normalize_relu_pool(*leaves)[0], *leaves)
+        expected, expected_back = jax.vjp(lambda *leaves: pooled_in_three_steps(*leaves)[0], *leaves)
+        grad = jnp.asarray(generator.standard_normal(output.shape))
+        found, wanted = back(grad), expected_back(grad)
+        statistics = normalize_relu_pool(*leaves)[1:], normalize_batch(*leaves)[1:]
+    assert_identical({"y": np.array(output)}, {"y": np.array(expected)}, item="jax")
+    for mine, theirs in zip(*statistics, strict=True):
+        assert np.array_equal(mine, theirs)
+    names = ("x", "scale", "bias")
+    terms = x.size
+    largest = max(float(np.abs(leaf).max()) for leaf in wanted)
+    assert_within(
+        dict(zip(names, map(np.array, found), strict=True)),
+        dict(zip(names, map(np.array, wanted), strict=True)),
+        bound=sum_bound(terms, terms * max(1.0, largest), np.float64),
+        item="jax",
+    )
 
 
 def test_a_large_offset_does_not_cancel_the_variance():
