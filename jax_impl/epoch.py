@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from jax_impl.step import EvalStep, ExampleMetrics, StepMetrics, TrainState, TrainStep
 from spec.batches import Counts
 
 
 class DeviceSplit(NamedTuple):
-    """A split on the device: images [n, ...] float, labels [n] int32."""
+    """A split on the device: inputs [n, ...], float32 or the bytes that a data set holds; labels [n] int32; and for
+    bytes the value of each, float32 [256], as the host computed it (S1)."""
 
-    images: Float[Array, "examples ..."]
+    inputs: Float[Array, "examples ..."] | UInt8[Array, "examples ..."]
     labels: Int[Array, " examples"]
+    table: Float[Array, " bytes"] | None = None
+
+    def images(self, inputs: jax.Array) -> jax.Array:
+        """Return the values of some of the `inputs`, float32."""
+        return inputs if self.table is None else self.table[inputs]
 
 
 class Span(NamedTuple):
@@ -31,22 +36,21 @@ class Span(NamedTuple):
     stop: np.int32
 
 
-RunSteps = Callable[[TrainState, DeviceSplit, jax.Array, Span], tuple[TrainState, StepMetrics]]
+RunSteps = Callable[[TrainState, DeviceSplit, jax.Array, Span, jax.Array], tuple[TrainState, StepMetrics]]
 Evaluate = Callable[[TrainState, DeviceSplit], ExampleMetrics]
 
 
-def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> RunSteps:
-    """Return the compiled program (state, split, order [n] int32, span) -> (state, metrics [steps_per_epoch]).
+def make_run_steps(train_step: TrainStep, counts: Counts) -> RunSteps:
+    """Return the function (state, split, order [n] int32, span, seed uint32) -> (state, metrics [steps_per_epoch]).
 
     It runs any span of an epoch's steps: the whole epoch in one call, or a part for a progress line, with the same
-    values. Batch i holds examples order[i B : (i+1) B]; a short last batch is a step of its own size (S2). The state is
-    donated. Metrics outside the span are 0. Step k of epoch e drops units by the key fold(fold(seed, e), k).
+    values. Batch i holds examples order[i B : (i+1) B]; a short last batch is a step of its own size (S2). Metrics
+    outside the span are 0. Step k of epoch e drops units by the key fold(fold(seed, e), k).
     """
     full = counts.full_steps * counts.batch_size
 
-    @partial(jax.jit, donate_argnums=0)
     def run_steps(
-        state: TrainState, split: DeviceSplit, order: Int[Array, " examples"], span: Span
+        state: TrainState, split: DeviceSplit, order: Int[Array, " examples"], span: Span, seed: UInt32[Array, ""]
     ) -> tuple[TrainState, StepMetrics]:
         epoch_key = jax.random.fold_in(jax.random.key(seed), span.epoch)
         batches = order[:full].reshape(counts.full_steps, counts.batch_size)
@@ -54,7 +58,7 @@ def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> RunSteps
         def step_on(step: jax.Array, batch: jax.Array, carry: tuple[TrainState, StepMetrics]):
             state, collected = carry
             key = jax.random.fold_in(epoch_key, step)
-            state, metrics = train_step(state, split.images[batch], split.labels[batch], key)
+            state, metrics = train_step(state, split.images(split.inputs[batch]), split.labels[batch], key)
             return state, jax.tree.map(lambda all_, one: all_.at[step].set(one), collected, metrics)
 
         carry = (state, _no_metrics(train_step, state, split, counts))
@@ -78,22 +82,21 @@ def make_run_steps(train_step: TrainStep, counts: Counts, seed: int) -> RunSteps
 
 
 def make_evaluate(eval_step: EvalStep, num_examples: int, batch_size: int) -> Evaluate:
-    """Return the compiled program (state, split) -> metrics [num_examples]: every example once, none dropped (S8)."""
+    """Return the function (state, split) -> metrics [num_examples]: every example once, none dropped (S8)."""
     num_batches = num_examples // batch_size
     full = num_batches * batch_size
 
-    @jax.jit
     def evaluate(state: TrainState, split: DeviceSplit) -> ExampleMetrics:
         def of_batch(start: jax.Array) -> ExampleMetrics:
-            batch = jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, start, batch_size), split)
-            return eval_step(state, batch.images, batch.labels)
+            inputs, labels = (lax.dynamic_slice_in_dim(array, start, batch_size) for array in split[:2])
+            return eval_step(state, split.images(inputs), labels)
 
         parts = []
         if num_batches:
             stacked = lax.map(of_batch, jnp.arange(num_batches, dtype=jnp.int32) * batch_size)
             parts.append(jax.tree.map(lambda array: array.reshape(full), stacked))
         if full < num_examples:
-            parts.append(eval_step(state, split.images[full:], split.labels[full:]))
+            parts.append(eval_step(state, split.images(split.inputs[full:]), split.labels[full:]))
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
     return evaluate
@@ -101,6 +104,6 @@ def make_evaluate(eval_step: EvalStep, num_examples: int, batch_size: int) -> Ev
 
 def _no_metrics(train_step: TrainStep, state: TrainState, split: DeviceSplit, counts: Counts) -> StepMetrics:
     """Return zeros [steps_per_epoch] of the dtypes that a step's metrics have."""
-    batch = jax.tree.map(lambda array: array[: counts.batch_size], split)
-    _, metrics = jax.eval_shape(train_step, state, batch.images, batch.labels, jax.random.key(0))
+    inputs, labels = (array[: counts.batch_size] for array in split[:2])
+    _, metrics = jax.eval_shape(train_step, state, split.images(inputs), labels, jax.random.key(0))
     return jax.tree.map(lambda leaf: jnp.zeros(counts.steps_per_epoch, leaf.dtype), metrics)

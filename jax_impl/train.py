@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif flags.print_config:
         command_line.print_recipe(flags.config)
     else:
+        # XLA calls two tuning preferences of its own compiler missing processor features whenever it loads a kept
+        # program, in an error a kernel (https://github.com/jax-ml/jax/issues/38445); what is serious is raised.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from jax_impl.trainer import IMPLEMENTATION
         from spec.program import run
 

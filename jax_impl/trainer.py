@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jax_impl import models, optim
+from jax_impl.background import in_background
+from jax_impl.compile_cache import keep_compiled_programs
 from jax_impl.convert import from_canonical, to_canonical
-from jax_impl.epoch import DeviceSplit, Span, make_evaluate, make_run_steps
+from jax_impl.epoch import DeviceSplit, Span
 from jax_impl.parallel import select_device
-from jax_impl.step import ExampleMetrics, StepMetrics, TrainState, make_eval_step, make_gradients, make_train_step
+from jax_impl.programs import Programs, compile_programs, precision_scope, stored_dtype
+from jax_impl.step import ExampleMetrics, StepMetrics, TrainState
 from spec import datasets, params
 from spec.batches import count, epoch_order
-from spec.datasets import Dataset, Split
+from spec.datasets import Dataset, Split, preprocess
+from spec.datasets.dataset import value_table
+from spec.datasets.sizes import known_size, size_of
 from spec.errors import UserError
 from spec.history import EpochDone, Event, StepsDone
 from spec.program import Implementation
-from spec.recipe import Recipe
+from spec.recipe import Preprocessing, Recipe
 
 POLL_SECONDS = 0.0005
 
@@ -29,24 +32,24 @@ POLL_SECONDS = 0.0005
 class Trainer:
     """One run of `recipe` over `dataset` (raw, as `spec.datasets.load` gives it), compiled and ready on `device`.
 
-    Raises RecipeError or DataError when the recipe and the data do not fit.
+    `programs` are those of `compile_programs`, made beforehand, else they are made here. Raises RecipeError or
+    DataError when the recipe and the data do not fit.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: jax.Device) -> None:
-        dataset = datasets.preprocess(dataset, recipe.preprocessing)
-        outputs = params.num_outputs(recipe, dataset.num_classes)
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, device: jax.Device, *, programs: Programs | None = None
+    ) -> None:
+        size = size_of(dataset)
         self.recipe = recipe
         self.device = device
-        self.counts = count(recipe, len(dataset.train.labels))
-        self.leaves = params.leaves(recipe.model, dataset.input_shape, outputs)
-        self.train_split = self._put(dataset.train)
-        self.test_split = self._put(dataset.test) if dataset.test else None
-        self._position = (1, 0)
+        self.counts = count(recipe, size.num_train)
+        self.leaves = params.leaves(recipe.model, size.input_shape, params.num_outputs(recipe, size.num_classes))
+        self.train_split, self.test_split = put(dataset, recipe.preprocessing, device)
         self._test_labels = dataset.test.labels if dataset.test else None
-        start = time.perf_counter()
-        with precision_scope(recipe.precision):
-            self._compile(models.graph(recipe.model, dataset.input_shape, outputs))
-        self.compile_seconds = time.perf_counter() - start
+        self._position = (1, 0)
+        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs or compile_programs(
+            recipe, size, device
+        )
 
     def events(self, *, steps_per_call: int | None = None) -> Iterator[Event]:
         """Run every epoch, yielding what happens; `steps_per_call` steps (default: an epoch's) are one device program.
@@ -75,9 +78,9 @@ class Trainer:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over parameters and running statistics, canonical names and layouts; the optimiser stays as it is."""
-        stored = jnp.promote_types(jnp.dtype(self.recipe.precision), jnp.float32)
+        dtype = stored_dtype(self.recipe.precision)
         with precision_scope(self.recipe.precision):
-            trained, batch_stats = from_canonical(state, self.leaves, dtype=stored, device=self.device)
+            trained, batch_stats = from_canonical(state, self.leaves, dtype=dtype, device=self.device)
         self._state = self._state._replace(params=trained, batch_stats=batch_stats)
 
     def train(self, steps: int) -> None:
@@ -87,9 +90,7 @@ class Trainer:
         while steps > 0:
             epoch, start = self._position
             stop = min(start + steps, self.counts.steps_per_epoch)
-            self._state, metrics = self._run_steps(
-                self._state, self.train_split, self._order(epoch), _span(epoch, start, stop)
-            )
+            self._state, metrics = self._run(self._order(epoch), _span(epoch, start, stop))
             self._position = (epoch, stop) if stop < self.counts.steps_per_epoch else (epoch + 1, 0)
             steps -= stop - start
         if metrics:
@@ -100,47 +101,41 @@ class Trainer:
         waiting: tuple[Span, StepMetrics] | None = None
         for start in range(0, self.counts.steps_per_epoch, steps_per_call):
             span = _span(epoch, start, min(start + steps_per_call, self.counts.steps_per_epoch))
-            self._state, metrics = self._run_steps(self._state, self.train_split, order, span)
+            self._state, metrics = self._run(order, span)
             if waiting:
                 yield _steps_done(*waiting)
             waiting = span, metrics
         yield _steps_done(*waiting)
 
+    def _run(self, order: jax.Array, span: Span) -> tuple[TrainState, StepMetrics]:
+        return self._run_steps(self._state, self.train_split, order, span, np.uint32(self.recipe.seed))
+
     def _order(self, epoch: int) -> jax.Array:
-        return self._put_array(epoch_order(self.recipe.seed, epoch, self.counts.num_examples).astype(np.int32))
-
-    def _compile(self, graphdef: object) -> None:
-        """Draw the initial state, and compile the two programs: an epoch's steps, and the evaluation."""
-        recipe, counts = self.recipe, self.counts
-        dtype = jnp.dtype(recipe.precision)
-        optimizer = optim.optimizer(recipe, counts.steps_per_epoch)
-        initial = params.initial_state(self.leaves, recipe.init, recipe.seed)
-        stored = jnp.promote_types(dtype, jnp.float32)
-        trained, batch_stats = from_canonical(initial, self.leaves, dtype=stored, device=self.device)
-        opt_state = jax.device_put(optimizer.init(trained), self.device)
-        self._state = TrainState(trained, batch_stats, opt_state)
-        train_step = make_train_step(make_gradients(graphdef, recipe.loss, dtype), optimizer)
-        order = self._put_array(np.zeros(counts.num_examples, np.int32))
-        run_steps = make_run_steps(train_step, counts, recipe.seed)
-        self._run_steps = run_steps.lower(self._state, self.train_split, order, _span(1, 0, 1)).compile()
-        if self.test_split is not None:
-            eval_step = make_eval_step(graphdef, recipe.loss, dtype)
-            evaluate = make_evaluate(eval_step, len(self.test_split.labels), recipe.batch_size)
-            self._evaluate = evaluate.lower(self._state, self.test_split).compile()
-
-    def _put(self, split: Split) -> DeviceSplit:
-        return DeviceSplit(self._put_array(split.inputs), self._put_array(split.labels))
-
-    def _put_array(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(np.ascontiguousarray(array), self.device)
+        order = epoch_order(self.recipe.seed, epoch, self.counts.num_examples)
+        return jax.device_put(order.astype(np.int32), self.device)
 
 
-@contextlib.contextmanager
-def precision_scope(precision: str) -> Iterator[None]:
-    """Run the body with 64-bit types for float64, and with full-width products unless bfloat16 was asked for (S12)."""
-    products = "default" if precision == "bfloat16" else "highest"
-    with _enable_x64(precision == "float64"), jax.default_matmul_precision(products):
-        yield
+def prepare(recipe: Recipe, device: jax.Device) -> Callable[[Dataset], Trainer]:
+    """Return what makes a trainer of a data set. Where its size is known, compilation starts now, in the background."""
+    size = known_size(recipe.data)
+    compiling = in_background(compile_programs, recipe, size, device) if size else None
+
+    def trainer(dataset: Dataset) -> Trainer:
+        return Trainer(recipe, dataset, device, programs=compiling.result() if compiling else None)
+
+    return trainer
+
+
+def put(dataset: Dataset, preprocessing: Preprocessing, device: jax.Device) -> tuple[DeviceSplit, DeviceSplit | None]:
+    """Return the training and the test split on `device`: bytes with the table of their values, or float32 values."""
+    table = value_table(preprocessing) if dataset.train.inputs.dtype == np.uint8 else None
+    ready = dataset if table is not None else preprocess(dataset, preprocessing)
+
+    def split(given: Split) -> DeviceSplit:
+        arrays = (np.ascontiguousarray(given.inputs), given.labels, table)
+        return DeviceSplit(*jax.device_put(arrays, device))
+
+    return split(ready.train), split(ready.test) if ready.test else None
 
 
 @contextlib.contextmanager
@@ -154,14 +149,6 @@ def memory_explained() -> Iterator[None]:
         raise UserError(
             f"the device has too little memory: {str(error).splitlines()[0]}; use a smaller --batch-size or network"
         ) from None
-
-
-def _enable_x64(enabled: bool) -> contextlib.AbstractContextManager:
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(enabled)
-    from jax.experimental import enable_x64  # before jax 0.8
-
-    return enable_x64(enabled)
 
 
 def _wait(metrics: StepMetrics | ExampleMetrics) -> None:
@@ -181,12 +168,17 @@ def _steps_done(span: Span, metrics: StepMetrics) -> StepsDone:
     return StepsDone(epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct)
 
 
+def _start(platform: str | None) -> jax.Device:
+    keep_compiled_programs()
+    return select_device(platform)
+
+
 IMPLEMENTATION = Implementation(
     framework="jax",
     packages=("jax", "jaxlib", "flax", "optax"),
-    select_device=select_device,
+    select_device=_start,
     describe_device=lambda device: f"{device.platform}:{device.device_kind}:{device.id}",
     load=datasets.load,
-    trainer=Trainer,
+    prepare=prepare,
     memory_explained=memory_explained,
 )

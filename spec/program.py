@@ -42,14 +42,17 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """A framework's parts of the program; `packages` are those whose versions a run depends on."""
+    """A framework's parts of the program; `packages` are those whose versions a run depends on.
+
+    `prepare` starts what needs no data, and returns what makes a trainer of the data.
+    """
 
     framework: str
     packages: tuple[str, ...]
     select_device: Callable[[str | None], Any]
     describe_device: Callable[[Any], str]
     load: Callable[..., Dataset]
-    trainer: Callable[[Recipe, Dataset, Any], Trainer]
+    prepare: Callable[[Recipe, Any], Callable[[Dataset], Trainer]]
     memory_explained: Callable[[], AbstractContextManager]
 
 
@@ -59,13 +62,14 @@ def run(flags: Flags, implementation: Implementation) -> dict:
     if flags.out:
         run_directory.check_usable(flags.out, overwrite=flags.overwrite)
     device = implementation.select_device(flags.platform)
+    trainer_of = implementation.prepare(recipe, device)
     dataset = implementation.load(recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
     origin = _origin(implementation, device)
     display = Display(quiet=flags.quiet)
     display.line(f"{recipe.name}: {recipe.description}")
     with implementation.memory_explained():
         with display.waiting("compiling ..."):
-            trainer = implementation.trainer(recipe, dataset, device)
+            trainer = trainer_of(dataset)
         parameters = f"{params.num_parameters(trainer.leaves):,} parameters"
         display.line(f"{parameters}, {trainer.counts.steps:,} steps on {origin['devices'][0]}")
         with RunDirectory(flags.out, recipe.name, overwrite=flags.overwrite) as directory:

@@ -29,7 +29,7 @@ import torch_ref.convert
 import torch_ref.models
 import torch_ref.optim
 import torch_ref.step
-from jax_impl.trainer import precision_scope
+from jax_impl.programs import precision_scope
 from spec import oracle, params
 from spec.params import Leaf
 from spec.recipe import Model, Recipe

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # here and in what the tests start: no run depends on an earlier
 
 import jax_impl.train
 import torch_ref.train

@@ -9,12 +9,14 @@ import re
 from importlib import resources
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jax_impl.trainer
 import torch_ref.data
 from spec import datasets, recipe
 from spec.datasets import Dataset, Split, __main__, cache, idx, preprocess, sources, tables
@@ -322,6 +324,27 @@ def test_the_mean_is_subtracted_before_the_division_by_std():
     assert half[0] == -2
     assert half[255] == 2
     assert half[51] == (np.float32(51) / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
+
+
+@pytest.mark.parametrize("asked", [UNIT, dataclasses.replace(UNIT, mean=0.1307, std=0.3081)], ids=["unit", "normal"])
+def test_bytes_on_the_device_have_the_hosts_values_in_a_compiled_program(asked):
+    dataset = levels()
+    split, _ = jax_impl.trainer.put(dataset, asked, jax.devices("cpu")[0])
+    assert split.inputs.dtype == np.uint8
+    found = jax.jit(lambda split: split.images(split.inputs))(split)
+    wanted = preprocess(dataset, asked).train.inputs
+    assert_identical({"inputs": np.array(found)}, {"inputs": wanted}, item="jax")
+
+
+def test_inputs_that_are_not_bytes_or_are_standardised_go_to_the_device_as_float32():
+    for dataset, asked in (
+        (dataclasses.replace(levels(), train=Split(levels().train.inputs.astype(float), levels().train.labels)), UNIT),
+        (levels(), dataclasses.replace(UNIT, standardize=True)),
+    ):
+        split, _ = jax_impl.trainer.put(dataset, asked, jax.devices("cpu")[0])
+        assert split.table is None
+        wanted = preprocess(dataset, asked).train.inputs
+        assert_identical({"inputs": np.array(split.images(split.inputs))}, {"inputs": wanted}, item="jax")
 
 
 def test_standardising_uses_the_training_split_alone_and_centres_a_constant_column():

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
+import jax_impl.programs
 import jax_impl.trainer
 import torch_ref.data
 import torch_ref.trainer
@@ -112,7 +113,7 @@ def code(ids: np.ndarray) -> float:
 
 def jaxs_batches(counts: Counts, seed: int, epoch: int, steps_per_call: int) -> list[float]:
     """Return the code of each batch that the compiled epoch takes, its span cut into calls."""
-    with jax_impl.trainer.precision_scope("float64"):
+    with jax_impl.programs.precision_scope("float64"):
 
         def train_step(state, images, labels, key):
             return state._replace(params=state.params + 1), StepMetrics(
@@ -122,11 +123,12 @@ def jaxs_batches(counts: Counts, seed: int, epoch: int, steps_per_call: int) -> 
         ids = np.arange(counts.num_examples)
         split = DeviceSplit(jnp.asarray(ids, float), jnp.asarray(ids, jnp.int32))
         order = jnp.asarray(epoch_order(seed, epoch, counts.num_examples), jnp.int32)
-        run_steps = make_run_steps(train_step, counts, seed)
+        run_steps = jax.jit(make_run_steps(train_step, counts))
         state, codes = TrainState(jnp.zeros(()), {}, ()), np.zeros(counts.steps_per_epoch)
         for start in range(0, counts.steps_per_epoch, steps_per_call):
             stop = min(start + steps_per_call, counts.steps_per_epoch)
-            state, metrics = run_steps(state, split, order, Span(np.int32(epoch), np.int32(start), np.int32(stop)))
+            span = Span(np.int32(epoch), np.int32(start), np.int32(stop))
+            state, metrics = run_steps(state, split, order, span, np.uint32(seed))
             codes[start:stop] = metrics.loss[start:stop]
         assert state.params == counts.steps_per_epoch
         return codes.tolist()

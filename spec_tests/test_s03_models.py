@@ -21,7 +21,8 @@ import torch_ref.convert
 import torch_ref.models
 from jax_impl import layers, models
 from jax_impl.convert import from_canonical, to_canonical
-from jax_impl.trainer import Trainer, precision_scope
+from jax_impl.programs import precision_scope
+from jax_impl.trainer import Trainer
 from spec import oracle, params, recipe
 from spec.datasets.sizes import known_size
 from spec.oracle import layers as oracle_layers

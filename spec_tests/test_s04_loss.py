@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import jax_impl.objective
 import torch_ref.objective
+from jax_impl.programs import precision_scope
 from jax_impl.trainer import IMPLEMENTATION as JAX
-from jax_impl.trainer import precision_scope
 from spec import oracle
 from spec.datasets import cache
 from spec.errors import DataError

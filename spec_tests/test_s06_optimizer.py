@@ -21,7 +21,7 @@ import jax_impl.optim
 import jax_impl.trainer
 import torch_ref.optim
 import torch_ref.trainer
-from jax_impl.trainer import precision_scope
+from jax_impl.programs import precision_scope
 from spec import datasets, oracle, params, recipe
 from spec.batches import epoch_order
 from spec.recipe import Optimizer, Recipe, Schedule

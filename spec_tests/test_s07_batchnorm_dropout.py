@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import torch_ref.trainer
 from jax_impl.epoch import DeviceSplit, Span, make_run_steps
 from jax_impl.layers import BatchNorm, max_pool_2x2, normalize_batch, normalize_relu_pool
+from jax_impl.programs import precision_scope
 from jax_impl.step import StepMetrics, TrainState
-from jax_impl.trainer import precision_scope
 from spec import oracle, params, recipe
 from spec.batches import Counts
 from spec_tests.adapters import ADAPTERS, Adapter, Arrays, Network
@@ -426,11 +426,11 @@ def keys_of_jaxs_epochs(seed: int) -> list[float]:
     def draw(state, images, labels, key):
         return state, StepMetrics(jax.random.uniform(key), jnp.int32(0))
 
-    run_steps = make_run_steps(draw, counts, seed)
+    run_steps = jax.jit(make_run_steps(draw, counts))
     split, order = DeviceSplit(jnp.zeros((13, 1)), jnp.zeros(13, jnp.int32)), jnp.arange(13, dtype=jnp.int32)
     spans = [Span(*map(np.int32, (epoch, 0, 3))) for epoch in (1, 2)]
     state = TrainState({}, {}, ())
-    return [value for span in spans for value in run_steps(state, split, order, span)[1].loss.tolist()]
+    return [value for span in spans for value in run_steps(state, split, order, span, np.uint32(seed))[1].loss.tolist()]
 
 
 def test_every_step_of_both_trainers_has_a_mask_of_its_own_that_repeats_with_the_seed():

@@ -19,7 +19,7 @@ import torch
 import jax_impl.step
 import jax_impl.trainer
 import torch_ref.trainer
-from jax_impl.trainer import precision_scope
+from jax_impl.programs import precision_scope
 from spec import datasets, recipe
 from spec.batches import epoch_order
 from spec.errors import UserError

@@ -276,7 +276,7 @@ def test_too_little_memory_on_the_device_is_a_short_error(
     def exhausted(*_: object) -> None:
         raise refusal
 
-    changed = dataclasses.replace(module.IMPLEMENTATION, trainer=exhausted)
+    changed = dataclasses.replace(module.IMPLEMENTATION, prepare=lambda *_: exhausted)
     monkeypatch.setattr(module, "IMPLEMENTATION", changed)
     ended = trainer_command("--recipe", "digits", "--out", tmp_path / "run", framework=framework)
     assert ended.status == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -94,6 +94,11 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
+def prepare(recipe: Recipe, device: torch.device) -> Callable[[Dataset], Trainer]:
+    """Return what makes a trainer of a data set; torch has nothing to do before."""
+    return lambda dataset: Trainer(recipe, dataset, device)
+
+
 def seed_dropout(recipe: Recipe, epoch: int, step: int) -> None:
     """Give the step masks of its own that depend on (seed, epoch, step) alone (S7)."""
     if recipe.model.dropout:
@@ -132,6 +137,6 @@ IMPLEMENTATION = Implementation(
     select_device=select_device,
     describe_device=str,
     load=data.load,
-    trainer=Trainer,
+    prepare=prepare,
     memory_explained=memory_explained,
 )

@@ -64,5 +64,17 @@ def preprocess(dataset: Dataset, preprocessing: Preprocessing) -> Dataset:
     return replace(dataset, train=train, test=test)
 
 
+def value_table(preprocessing: Preprocessing) -> np.ndarray | None:
+    """Return what `preprocess` makes of each byte, float32 [256]; None where that depends on all of them (standardize).
+
+    Raises DataError when a value overflows float32.
+    """
+    if preprocessing.standardize:
+        return None
+    every = Split(np.arange(256, dtype=np.uint8), np.zeros(256, np.int32))
+    table = Dataset(name="uint8 data", train=every, test=None, class_names=())
+    return preprocess(table, preprocessing).train.inputs
+
+
 def _standardize(split: Split, mean: np.ndarray, std: np.ndarray) -> Split:
     return Split(((split.inputs - mean) / std).astype(np.float32), split.labels)

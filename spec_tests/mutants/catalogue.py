@@ -99,6 +99,16 @@ S1 = (
         only="256_levels",
     ),
     Mutant(
+        name="jax-bytes-divided-on-the-device",
+        clause="S1",
+        says="a compiled division by 255, which XLA makes a product",
+        path=JAX_EPOCH,
+        old="inputs if self.table is None else self.table[inputs]",
+        new="inputs if self.table is None else inputs.astype(jnp.float32) / 255",
+        tests=(DATA_TESTS,),
+        only="bytes_on_the_device",
+    ),
+    Mutant(
         name="standardised-by-n-minus-1",
         clause="S1",
         says="standardises by the unbiased deviation",

@@ -1,0 +1,103 @@
+"""The compiled programs of a run, an epoch's steps and the evaluation, made from shapes alone: no data is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from jax_impl import models, optim
+from jax_impl.convert import from_canonical
+from jax_impl.epoch import DeviceSplit, Evaluate, RunSteps, Span, make_evaluate, make_run_steps
+from jax_impl.step import TrainState, make_eval_step, make_gradients, make_train_step
+from spec import params
+from spec.batches import count
+from spec.datasets.dataset import value_table
+from spec.datasets.sizes import Size
+from spec.recipe import Recipe
+
+
+class Programs(NamedTuple):
+    """What a run starts from: its initial state on the device, the compiled `make_run_steps` and `make_evaluate` (None
+    without a test split), and the seconds that this took."""
+
+    state: TrainState
+    run_steps: RunSteps
+    evaluate: Evaluate | None
+    seconds: float
+
+
+def compile_programs(recipe: Recipe, size: Size, device: jax.Device) -> Programs:
+    """Draw the initial state and compile the programs of a run over data of that size, on `device`.
+
+    Raises RecipeError when recipe and size do not fit.
+    """
+    start = time.perf_counter()
+    counts = count(recipe, size.num_train)
+    outputs = params.num_outputs(recipe, size.num_classes)
+    graphdef = models.graph(recipe.model, size.input_shape, outputs)
+    dtype = jnp.dtype(recipe.precision)
+    optimizer = optim.optimizer(recipe, counts.steps_per_epoch)
+    with precision_scope(recipe.precision):
+        state = _initial_state(recipe, size, optimizer.init, device)
+        train_step = make_train_step(make_gradients(graphdef, recipe.loss, dtype), optimizer)
+        run_steps = jax.jit(make_run_steps(train_step, counts), donate_argnums=0)
+        order, span = _shape((size.num_train,), np.int32, device), Span(*(_shape((), np.int32, device),) * 3)
+        train_split = _split_shape(recipe, size, size.num_train, device)
+        compiled = run_steps.lower(state, train_split, order, span, _shape((), np.uint32, device)).compile()
+        evaluate = None
+        if size.num_test:
+            eval_step = make_eval_step(graphdef, recipe.loss, dtype)
+            test_split = _split_shape(recipe, size, size.num_test, device)
+            evaluate = jax.jit(make_evaluate(eval_step, size.num_test, recipe.batch_size))
+            evaluate = evaluate.lower(state, test_split).compile()
+    return Programs(state, compiled, evaluate, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def precision_scope(precision: str) -> Iterator[None]:
+    """Run the body with 64-bit types for float64, and with full-width products unless bfloat16 was asked for (S12)."""
+    products = "default" if precision == "bfloat16" else "highest"
+    with _enable_x64(precision == "float64"), jax.default_matmul_precision(products):
+        yield
+
+
+def stored_dtype(precision: str) -> DTypeLike:
+    """Return the dtype that parameters are kept in: float32 where the arithmetic is bfloat16."""
+    return jnp.promote_types(jnp.dtype(precision), jnp.float32)
+
+
+def _initial_state(recipe: Recipe, size: Size, init: Callable, device: jax.Device) -> TrainState:
+    leaves = params.leaves(recipe.model, size.input_shape, params.num_outputs(recipe, size.num_classes))
+    initial = params.initial_state(leaves, recipe.init, recipe.seed)
+    trained, batch_stats = from_canonical(initial, leaves, dtype=stored_dtype(recipe.precision), device=device)
+    return TrainState(trained, batch_stats, jax.device_put(init(trained), device))
+
+
+def _split_shape(recipe: Recipe, size: Size, num_examples: int, device: jax.Device) -> DeviceSplit:
+    table = value_table(recipe.preprocessing) if size.input_dtype == np.uint8 else None
+    dtype = np.float32 if table is None else np.uint8
+    return DeviceSplit(
+        _shape((num_examples, *size.input_shape), dtype, device),
+        _shape((num_examples,), np.int32, device),
+        None if table is None else _shape(table.shape, table.dtype, device),
+    )
+
+
+def _shape(shape: tuple[int, ...], dtype: DTypeLike, device: jax.Device) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+
+def _enable_x64(enabled: bool) -> contextlib.AbstractContextManager:
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    from jax.experimental import enable_x64  # before jax 0.8
+
+    return enable_x64(enabled)
