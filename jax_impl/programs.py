@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
@@ -34,29 +35,37 @@ class Programs(NamedTuple):
     seconds: float
 
 
-def compile_programs(recipe: Recipe, size: Size, device: jax.Device) -> Programs:
+def compile_programs(
+    recipe: Recipe, size: Size, device: jax.Device, *, runs: Sequence[Recipe] | None = None
+) -> Programs:
     """Draw the initial state and compile the programs of a run over data of that size, on `device`.
 
-    Raises RecipeError when recipe and size do not fit.
+    Given `runs`, recipes that differ from `recipe` in seed and the optimiser's numbers alone, the programs train them
+    all: state, order, seed and metrics have a leading axis of runs. Raises RecipeError when recipe and size do not fit.
     """
     start = time.perf_counter()
     counts = count(recipe, size.num_train)
     outputs = params.num_outputs(recipe, size.num_classes)
     graphdef = models.graph(recipe.model, size.input_shape, outputs)
     dtype = jnp.dtype(recipe.precision)
-    optimizer = optim.optimizer(recipe, counts.steps_per_epoch)
+    rule = optim.tunable_optimizer if runs else optim.optimizer
+    optimizer = rule(recipe, counts.steps_per_epoch)
     with precision_scope(recipe.precision):
-        state = _initial_state(recipe, size, optimizer.init, device)
+        states = [
+            _initial_state(run, size, rule(run, counts.steps_per_epoch).init, device) for run in runs or (recipe,)
+        ]
+        state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if runs else states[0]
+        over_runs, axis = _over_runs(recipe, runs), (len(runs),) if runs else ()
         train_step = make_train_step(make_gradients(graphdef, recipe.loss, dtype), optimizer)
-        run_steps = jax.jit(make_run_steps(train_step, counts), donate_argnums=0)
-        order, span = _shape((size.num_train,), np.int32, device), Span(*(_shape((), np.int32, device),) * 3)
+        run_steps = jax.jit(over_runs(make_run_steps(train_step, counts), (0, None, 0, None, 0)), donate_argnums=0)
+        order, span = _shape((*axis, size.num_train), np.int32, device), Span(*(_shape((), np.int32, device),) * 3)
         train_split = _split_shape(recipe, size, size.num_train, device)
-        compiled = run_steps.lower(state, train_split, order, span, _shape((), np.uint32, device)).compile()
+        compiled = run_steps.lower(state, train_split, order, span, _shape(axis, np.uint32, device)).compile()
         evaluate = None
         if size.num_test:
             eval_step = make_eval_step(graphdef, recipe.loss, dtype)
             test_split = _split_shape(recipe, size, size.num_test, device)
-            evaluate = jax.jit(make_evaluate(eval_step, size.num_test, recipe.batch_size))
+            evaluate = jax.jit(over_runs(make_evaluate(eval_step, size.num_test, recipe.batch_size), (0, None)))
             evaluate = evaluate.lower(state, test_split).compile()
     return Programs(state, compiled, evaluate, time.perf_counter() - start)
 
@@ -72,6 +81,30 @@ def precision_scope(precision: str) -> Iterator[None]:
 def stored_dtype(precision: str) -> DTypeLike:
     """Return the dtype that parameters are kept in: float32 where the arithmetic is bfloat16."""
     return jnp.promote_types(jnp.dtype(precision), jnp.float32)
+
+
+def _over_runs(recipe: Recipe, runs: Sequence[Recipe] | None) -> Callable[[Callable, tuple], Callable]:
+    """Return what makes a function of one run one of all `runs`, given which of its arguments have an axis of runs.
+
+    Matrix products of many runs are one batched product. Convolutions over many kernels are slow everywhere, so a
+    network that has them runs one after the other inside the program.
+    """
+
+    def one_after_the_other(function: Callable, axes: tuple) -> Callable:
+        def mapped(*arguments: object) -> object:
+            def of_one(own: list) -> object:
+                rest = iter(own)
+                return function(
+                    *(next(rest) if axis == 0 else given for given, axis in zip(arguments, axes, strict=True))
+                )
+
+            return lax.map(of_one, [given for given, axis in zip(arguments, axes, strict=True) if axis == 0])
+
+        return mapped
+
+    if not runs:
+        return lambda function, axes: function
+    return one_after_the_other if recipe.model.name == "cnn" else jax.vmap
 
 
 def _initial_state(recipe: Recipe, size: Size, init: Callable, device: jax.Device) -> TrainState:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from spec import command_line
 from spec.errors import run_program
+from spec.sweep import ManyFlags
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -16,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv[1:] if arguments is None else arguments,
         program="python -m jax_impl.train",
         description="Train a recipe's network with JAX, Flax and optax.",
+        kind=ManyFlags,
     )
     if flags.list:
         command_line.print_recipes()
@@ -25,10 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # XLA calls two tuning preferences of its own compiler missing processor features whenever it loads a kept
         # program, in an error a kernel (https://github.com/jax-ml/jax/issues/38445); what is serious is raised.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from jax_impl.trainer import IMPLEMENTATION
-        from spec.program import run
+        if flags.seeds is not None or flags.sweep:
+            from jax_impl.many import run
 
-        run(flags, IMPLEMENTATION)
+            run(flags)
+        else:
+            from jax_impl.trainer import IMPLEMENTATION
+            from spec.program import run
+
+            run(flags, IMPLEMENTATION)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Trainer:
         if self.test_split is None:
             return None, None
         metrics = self._evaluate(self._state, self.test_split)
-        _wait(metrics)
+        wait(metrics)
         return np.asarray(metrics.loss), np.asarray(metrics.prediction)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -90,17 +90,17 @@ class Trainer:
         while steps > 0:
             epoch, start = self._position
             stop = min(start + steps, self.counts.steps_per_epoch)
-            self._state, metrics = self._run(self._order(epoch), _span(epoch, start, stop))
+            self._state, metrics = self._run(self._order(epoch), span_of(epoch, start, stop))
             self._position = (epoch, stop) if stop < self.counts.steps_per_epoch else (epoch + 1, 0)
             steps -= stop - start
         if metrics:
-            _wait(metrics)
+            wait(metrics)
 
     def _run_epoch(self, epoch: int, steps_per_call: int) -> Iterator[StepsDone]:
         order = self._order(epoch)
         waiting: tuple[Span, StepMetrics] | None = None
         for start in range(0, self.counts.steps_per_epoch, steps_per_call):
-            span = _span(epoch, start, min(start + steps_per_call, self.counts.steps_per_epoch))
+            span = span_of(epoch, start, min(start + steps_per_call, self.counts.steps_per_epoch))
             self._state, metrics = self._run(order, span)
             if waiting:
                 yield _steps_done(*waiting)
@@ -151,18 +151,19 @@ def memory_explained() -> Iterator[None]:
         ) from None
 
 
-def _wait(metrics: StepMetrics | ExampleMetrics) -> None:
+def wait(metrics: StepMetrics | ExampleMetrics) -> None:
     """Wait for the device in Python: an interrupt is not heard inside JAX's own waiting."""
     while not all(leaf.is_ready() for leaf in metrics):
         time.sleep(POLL_SECONDS)
 
 
-def _span(epoch: int, start: int, stop: int) -> Span:
+def span_of(epoch: int, start: int, stop: int) -> Span:
+    """Return the steps [start, stop) of an epoch."""
     return Span(np.int32(epoch), np.int32(start), np.int32(stop))
 
 
 def _steps_done(span: Span, metrics: StepMetrics) -> StepsDone:
-    _wait(metrics)
+    wait(metrics)
     epoch, start, stop = map(int, span)
     losses, num_correct = (np.asarray(leaf)[start:stop] for leaf in metrics)
     return StepsDone(epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct)

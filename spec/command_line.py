@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -44,7 +44,10 @@ class Flags:
     config: Annotated[Recipe, tyro.conf.arg(name="")]
 
 
-def parse(arguments: Sequence[str], *, program: str, description: str) -> Flags:
+F = TypeVar("F", bound=Flags)
+
+
+def parse(arguments: Sequence[str], *, program: str, description: str, kind: type[F] = Flags) -> F:
     """Return the flags, the recipe's fields changed as the command line says; exit with 2 on a mistake.
 
     Raises RecipeError when the changed recipe breaks a rule.
@@ -52,9 +55,9 @@ def parse(arguments: Sequence[str], *, program: str, description: str) -> Flags:
     scanner = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     scanner.add_argument("--recipe", default=DEFAULT_RECIPE)
     name = scanner.parse_known_args(arguments)[0].recipe
-    default = Flags(recipe=name, config=recipes.load(name))
+    default = kind(recipe=name, config=recipes.load(name))
     flags = tyro.cli(
-        Flags,
+        kind,
         args=list(arguments),
         default=default,
         prog=program,

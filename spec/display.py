@@ -19,6 +19,7 @@ class Display:
         self.quiet = quiet
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
+        self.epochs = 0  # of the run that is shown, once it is running
 
     def waiting(self, text: str) -> AbstractContextManager:
         """Show `text` while the body runs, on a terminal."""
@@ -78,12 +79,15 @@ class Display:
             f"train loss {figures['train_loss']:.4f} accuracy {figures['train_accuracy']:.4f}{tested}"
         )
 
+    def result(self, text: str) -> None:
+        """Print `text`, quiet or not."""
+        self.console.print(text, markup=False)
+
     def last_line(self, summary: Mapping, path: Path) -> None:
         """Print the outcome, quiet or not: test accuracy (without a test split, the training one), time, place."""
         split = "train" if summary["test_accuracy"] is None else "test"
         accuracy = summary[f"{split}_accuracy"]
-        self.console.print(
+        self.result(
             f"{summary['recipe']}: {split} accuracy {accuracy:.4f} after {summary['steps']:,} steps, "
-            f"{summary['seconds']:.1f} s and {summary['compile_seconds']:.1f} s compiling; {path}",
-            markup=False,
+            f"{summary['seconds']:.1f} s and {summary['compile_seconds']:.1f} s compiling; {path}"
         )

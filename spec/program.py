@@ -18,10 +18,10 @@ from spec.batches import Counts
 from spec.command_line import Flags
 from spec.datasets import Dataset
 from spec.display import Display
-from spec.history import Event, History
+from spec.history import Event
 from spec.params import Leaf
 from spec.recipe import Recipe, to_mapping
-from spec.recorder import record, refuse_nonfinite
+from spec.recorder import Recorder, refuse_nonfinite
 from spec.run_directory import RunDirectory
 
 
@@ -64,18 +64,17 @@ def run(flags: Flags, implementation: Implementation) -> dict:
     device = implementation.select_device(flags.platform)
     trainer_of = implementation.prepare(recipe, device)
     dataset = implementation.load(recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
-    origin = _origin(implementation, device)
+    made_by = origin(implementation, device)
     display = Display(quiet=flags.quiet)
     display.line(f"{recipe.name}: {recipe.description}")
     with implementation.memory_explained():
         with display.waiting("compiling ..."):
             trainer = trainer_of(dataset)
         parameters = f"{params.num_parameters(trainer.leaves):,} parameters"
-        display.line(f"{parameters}, {trainer.counts.steps:,} steps on {origin['devices'][0]}")
+        display.line(f"{parameters}, {trainer.counts.steps:,} steps on {made_by['devices'][0]}")
         with RunDirectory(flags.out, recipe.name, overwrite=flags.overwrite) as directory:
-            config = {"recipe": to_mapping(recipe), "framework": implementation.framework, **origin}
-            directory.write_json("config.json", {**config, "flags": _given(flags)})
-            summary = _train(trainer, directory, display) | {"framework": implementation.framework, **origin}
+            directory.write_json("config.json", config(recipe, flags, made_by))
+            summary = _train(trainer, directory, display) | made_by
             directory.write_json("summary.json", summary)
     display.last_line(summary, directory.path)
     return summary
@@ -84,21 +83,21 @@ def run(flags: Flags, implementation: Implementation) -> dict:
 def _train(trainer: Trainer, directory: RunDirectory, display: Display) -> dict:
     """Train, writing metrics and weights; return the summary."""
     recipe = trainer.recipe
-    history = History(counts=trainer.counts, metrics=recipe.metrics)
+    recorder = Recorder(recipe, trainer.counts, directory, display)
     start = time.perf_counter()
     with display.running(trainer.counts):
-        events = trainer.events(steps_per_call=recipe.metrics.progress_every)
-        epochs = record(events, recipe, history, directory, display)
+        for event in trainer.events(steps_per_call=recipe.metrics.progress_every):
+            recorder.take(event)
     seconds = time.perf_counter() - start
     state = trainer.state()
     refuse_nonfinite(state, recipe)
     directory.write_weights(state)
-    return summarize(trainer, epochs, seconds)
+    return summarize(recipe, recorder.epochs, seconds, trainer.compile_seconds)
 
 
-def summarize(trainer: Trainer, epochs: list[Mapping], seconds: float) -> dict:
+def summarize(recipe: Recipe, epochs: list[Mapping], seconds: float, compile_seconds: float) -> dict:
     """Return the summary of a finished run: counts, times, and the last epoch's figures."""
-    recipe, last = trainer.recipe, epochs[-1]
+    last = epochs[-1]
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -107,16 +106,23 @@ def summarize(trainer: Trainer, epochs: list[Mapping], seconds: float) -> dict:
         "steps": last["step"],
         "examples_seen": last["examples_seen"],
         "seconds": seconds,
-        "compile_seconds": trainer.compile_seconds,
+        "compile_seconds": compile_seconds,
         **{name: last[name] for name in ("train_loss", "train_accuracy", "cumulative_train_accuracy")},
         **{name: last[name] for name in ("test_loss", "test_accuracy", "lesson_metrics")},
     }
 
 
-def _origin(implementation: Implementation, device: Any) -> dict:
+def config(recipe: Recipe, flags: Flags, made_by: Mapping) -> dict:
+    """Return what `config.json` holds: the resolved recipe, what made the run, and the flags."""
+    return {"recipe": to_mapping(recipe), **made_by, "flags": _given(flags)}
+
+
+def origin(implementation: Implementation, device: Any) -> dict:
+    """Return what makes a run: the framework, its device, the versions."""
     packages = ("lockstep", "numpy", *implementation.packages)
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-    return {"devices": [implementation.describe_device(device)], "versions": versions}
+    devices = [implementation.describe_device(device)]
+    return {"framework": implementation.framework, "devices": devices, "versions": versions}
 
 
 def _given(flags: Flags) -> dict:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
+from spec.batches import Counts
 from spec.display import Display
 from spec.errors import UserError
 from spec.history import EpochDone, Event, History
@@ -17,26 +18,29 @@ class DivergedError(UserError):
     """The loss is no longer a finite number."""
 
 
-def record(
-    events: Iterable[Event], recipe: Recipe, history: History, directory: RunDirectory, display: Display
-) -> list[Mapping]:
-    """Write each event to `metrics.jsonl` and show it; return the figures of every epoch.
+class Recorder:
+    """Takes a run's events, one by one: writes each to `metrics.jsonl`, and shows it.
 
-    Raises DivergedError at the first training or test loss that is not finite, naming epoch and step.
+    `epochs` are the figures of the epochs so far.
     """
-    epochs = []
-    for event in events:
-        _refuse_divergence(event, recipe)
+
+    def __init__(self, recipe: Recipe, counts: Counts, directory: RunDirectory, display: Display) -> None:
+        self.recipe, self.directory, self.display = recipe, directory, display
+        self.epochs: list[Mapping] = []
+        self._history = History(counts=counts, metrics=recipe.metrics)
+
+    def take(self, event: Event) -> None:
+        """Record one event. Raises DivergedError when a loss in it is not finite, naming epoch and step."""
+        _refuse_divergence(event, self.recipe)
         if isinstance(event, EpochDone):
-            figures = history.epoch(event)
-            epochs.append(figures)
-            directory.append_metrics("epoch", figures)
-            display.epoch(figures)
-            continue
-        figures = history.progress(event)
-        directory.append_metrics("progress", figures)
-        display.progress(figures)
-    return epochs
+            figures = self._history.epoch(event)
+            self.epochs.append(figures)
+            self.directory.append_metrics("epoch", figures)
+            self.display.epoch(figures)
+            return
+        figures = self._history.progress(event)
+        self.directory.append_metrics("progress", figures)
+        self.display.progress(figures)
 
 
 def refuse_nonfinite(state: Mapping[str, np.ndarray], recipe: Recipe) -> None:

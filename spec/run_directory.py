@@ -48,7 +48,7 @@ class RunDirectory:
     def __init__(self, path: Path | None, recipe_name: str, *, overwrite: bool = False) -> None:
         if path:
             check_usable(path, overwrite=overwrite)
-        self.path = path or _claim(f"{recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.path = path or claim(recipe_name)
         self._replaces = bool(_listing(self.path))
         place = self.path.absolute()
         self._folder = place.with_name(f".{place.name}.new") if self._replaces else place
@@ -97,8 +97,12 @@ class RunDirectory:
             ) from None
 
 
-def _claim(stem: str, number: int = 1) -> Path:
-    """Make and return a new directory in `runs`; two runs that start in the same second get two."""
+def claim(name: str) -> Path:
+    """Make and return a new directory `runs/<name>-<date>-<time>`; two that start in the same second get two."""
+    return _claim(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", 1)
+
+
+def _claim(stem: str, number: int) -> Path:
     path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
     try:
         path.mkdir(parents=True)

@@ -1,0 +1,228 @@
+"""Many runs in one program: `--seeds N` and `--sweep FIELD=VALUE,...` of `python -m jax_impl.train`.
+
+Runs whose programs differ in numbers alone, seeds and the optimiser's, are trained at once: every array of the state
+has a leading axis of runs. Each run writes a run directory of its own, as if it had been trained alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jax_impl.convert import to_canonical
+from jax_impl.optim import NUMBERS
+from jax_impl.programs import compile_programs
+from jax_impl.trainer import IMPLEMENTATION, put, span_of, wait
+from spec import params, run_directory, sweep
+from spec.batches import count, epoch_order
+from spec.datasets import Dataset
+from spec.datasets.sizes import size_of
+from spec.display import Display
+from spec.errors import UserError, require
+from spec.files import write_atomic
+from spec.history import EpochDone, Event, StepsDone
+from spec.program import config, origin, summarize
+from spec.recipe import Recipe
+from spec.recorder import DivergedError, Recorder, refuse_nonfinite
+from spec.run_directory import RunDirectory
+from spec.sweep import ManyFlags, Setting
+
+SUMMARY, TABLE, CHART = "summary.json", "table.md", "chart.png"
+
+
+class ManyTrainer:
+    """Runs of `recipes`, which share a program (`program_key`), over `dataset`, compiled and ready on `device`."""
+
+    def __init__(self, recipes: Sequence[Recipe], dataset: Dataset, device: jax.Device) -> None:
+        first, size = recipes[0], size_of(dataset)
+        self.recipes = recipes
+        self.device = device
+        self.counts = count(first, size.num_train)
+        self.leaves = params.leaves(first.model, size.input_shape, params.num_outputs(first, size.num_classes))
+        self.train_split, self.test_split = put(dataset, first.preprocessing, device)
+        self._test_labels = dataset.test.labels if dataset.test else None
+        self._seeds = np.array([recipe.seed for recipe in recipes], np.uint32)
+        self._state, self._run_steps, self._evaluate, self.compile_seconds = compile_programs(
+            first, size, device, runs=recipes
+        )
+
+    def events(self) -> Iterator[tuple[int, Event]]:
+        """Run every epoch of all runs, yielding what happens in each, by its index."""
+        for epoch in range(1, self.recipes[0].epochs + 1):
+            start = time.perf_counter()
+            stop = self.counts.steps_per_epoch
+            orders = [epoch_order(int(seed), epoch, self.counts.num_examples) for seed in self._seeds]
+            order = jax.device_put(np.stack(orders).astype(np.int32), self.device)
+            self._state, metrics = self._run_steps(
+                self._state, self.train_split, order, span_of(epoch, 0, stop), self._seeds
+            )
+            wait(metrics)
+            for run, (losses, num_correct) in enumerate(zip(*map(np.asarray, metrics), strict=True)):
+                yield run, StepsDone(epoch=epoch, start=0, stop=stop, losses=losses, num_correct=num_correct)
+            tests = self._tested()
+            seconds = time.perf_counter() - start
+            for run, (losses, correct) in enumerate(tests):
+                yield run, EpochDone(epoch=epoch, seconds=seconds, test_losses=losses, test_correct=correct)
+
+    def state(self, run: int) -> dict[str, np.ndarray]:
+        """Return the present parameters and running statistics of one run, canonical names and layouts."""
+        trained, batch_stats = jax.tree.map(lambda leaf: leaf[run], self._state[:2])
+        return to_canonical(trained, batch_stats, self.leaves)
+
+    def _tested(self) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        if self.test_split is None:
+            return [(None, None)] * len(self.recipes)
+        metrics = self._evaluate(self._state, self.test_split)
+        wait(metrics)
+        losses, predictions = map(np.asarray, metrics)
+        return list(zip(losses, predictions == self._test_labels, strict=True))
+
+
+def program_key(recipe: Recipe) -> Recipe:
+    """Return what recipes must have alike to be trained by one program: all but the seed and the optimiser's numbers,
+    of which only those that are 0 are told from the others."""
+    numbers = {name: 1.0 for name in NUMBERS if getattr(recipe.optimizer, name)}
+    return dataclasses.replace(recipe, seed=0, optimizer=dataclasses.replace(recipe.optimizer, **numbers))
+
+
+def run(flags: ManyFlags) -> dict:
+    """Train the runs that the flags ask for, write their directories, the table and the summary; return the summary.
+
+    Raises UserError when every run diverged, and for what `spec.program.run` refuses.
+    """
+    seeds = 1 if flags.seeds is None else flags.seeds
+    settings = sweep.settings(flags.config, flags.sweep)
+    runs = [(setting, recipe) for setting in settings for recipe in sweep.with_seeds(setting, seeds)]
+    _check(flags, len(runs))
+    device = IMPLEMENTATION.select_device(flags.platform)
+    dataset = IMPLEMENTATION.load(flags.config.data, data_dir=flags.data_dir, data_source=flags.data_source)
+    made_by = origin(IMPLEMENTATION, device)
+    display = Display(quiet=flags.quiet)
+    place = flags.out or run_directory.claim(f"{flags.config.name}-{'sweep' if flags.sweep else 'seeds'}")
+    display.line(f"{flags.config.name}: {flags.config.description}")
+    groups: dict[Recipe, list[int]] = {}
+    for index, (_, recipe) in enumerate(runs):
+        groups.setdefault(program_key(recipe), []).append(index)
+    display.line(f"{len(runs)} runs in {len(groups)} programs on {made_by['devices'][0]}")
+    start, summaries = time.perf_counter(), {}
+    for members in groups.values():
+        recipes = [runs[index][1] for index in members]
+        with IMPLEMENTATION.memory_explained(), display.waiting("compiling ..."):
+            trainer = ManyTrainer(recipes, dataset, device)
+        folders = [place / _folder(*runs[index]) for index in members]
+        done = _train(trainer, [config(recipe, flags, made_by) for recipe in recipes], folders, display)
+        summaries |= dict(zip(members, [summary and summary | made_by for summary in done], strict=True))
+    report = _report(flags, settings, [summaries[index] for index in range(len(runs))]) | made_by
+    report["seconds"] = time.perf_counter() - start
+    _write(report, place, chart=bool(flags.sweep))
+    _show(report, place, display)
+    return report
+
+
+def _check(flags: ManyFlags, num_runs: int) -> None:
+    """Raise UserError for what cannot be done, before anything is trained."""
+    if num_runs > sweep.MOST_RUNS:
+        raise UserError(f"{num_runs:,} runs are asked for, and {sweep.MOST_RUNS:,} are the most; sweep fewer values")
+    if flags.overwrite:
+        raise UserError("--overwrite replaces one run, and these are many; name a new directory with --out")
+    if flags.out:
+        run_directory.check_usable(flags.out, overwrite=False)
+    if flags.sweep:
+        require("matplotlib", extra="plot")
+
+
+def _train(
+    trainer: ManyTrainer, configs: Sequence[Mapping], folders: Sequence[Path], display: Display
+) -> list[dict | None]:
+    """Train runs that share a program, each into its folder; return their summaries, None for those that diverged."""
+    recorders = []
+    for recipe, content, folder in zip(trainer.recipes, configs, folders, strict=True):
+        directory = RunDirectory(folder, recipe.name)
+        directory.write_json("config.json", content)
+        recorders.append(Recorder(recipe, trainer.counts, directory, Display(quiet=True)))
+    going = set(range(len(recorders)))
+    start = time.perf_counter()
+    with display.waiting(f"training {len(recorders)} runs ..."):
+        for run, event in trainer.events():
+            if run in going:
+                try:
+                    recorders[run].take(event)
+                except DivergedError as error:
+                    going.discard(run)
+                    display.line(f"{folders[run].name} is out: {error}")
+            if run == len(recorders) - 1 and isinstance(event, EpochDone):
+                display.line(_epoch_line(event, trainer.counts.epochs, [recorders[run].epochs[-1] for run in going]))
+    seconds = time.perf_counter() - start
+    return [
+        _finish(trainer, run, recorder, seconds) if run in going else None for run, recorder in enumerate(recorders)
+    ]
+
+
+def _finish(trainer: ManyTrainer, run: int, recorder: Recorder, seconds: float) -> dict | None:
+    """Write the weights and the summary of a run that came to its end; return the summary."""
+    state = trainer.state(run)
+    try:
+        refuse_nonfinite(state, recorder.recipe)
+    except DivergedError:
+        return None
+    summary = summarize(recorder.recipe, recorder.epochs, seconds, trainer.compile_seconds)
+    recorder.directory.write_weights(state)
+    recorder.directory.write_json("summary.json", summary)
+    return summary
+
+
+def _epoch_line(event: EpochDone, epochs: int, figures: Sequence[Mapping]) -> str:
+    accuracies = [of["train_accuracy" if of["test_accuracy"] is None else "test_accuracy"] for of in figures]
+    reached = f"accuracy {min(accuracies):.4f} to {max(accuracies):.4f}" if accuracies else "every run is out"
+    return f"epoch {event.epoch}/{epochs} done in {event.seconds:.2f} s  {len(figures)} runs, {reached}"
+
+
+def _report(flags: ManyFlags, settings: Sequence[Setting], summaries: Sequence[Mapping | None]) -> dict:
+    """Return the summary of all: each setting with its runs' accuracies. Raises UserError when none is left."""
+    if not any(summaries):
+        raise UserError("every run diverged; lower the learning rate, or scale the inputs down")
+    seeds = flags.seeds or 1
+    rows = []
+    for index, setting in enumerate(settings):
+        done = summaries[index * seeds : (index + 1) * seeds]
+        rows.append(sweep.summary_row(setting.values, [summary and _accuracy(summary) for summary in done]))
+    split = "train" if next(filter(None, summaries))["test_accuracy"] is None else "test"
+    first = flags.config.seed
+    return {
+        "recipe": flags.config.name,
+        "seeds": [*range(first, first + seeds)],
+        "accuracy_of": split,
+        "settings": rows,
+    }
+
+
+def _accuracy(summary: Mapping) -> float:
+    return summary["train_accuracy"] if summary["test_accuracy"] is None else summary["test_accuracy"]
+
+
+def _write(report: Mapping, place: Path, *, chart: bool) -> None:
+    try:
+        write_atomic(place / SUMMARY, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+        write_atomic(place / TABLE, (sweep.markdown(report) + "\n").encode())
+        if chart:
+            sweep.chart(report, place / CHART)
+    except OSError as error:
+        raise UserError(f"{place} cannot be written: {error}; name another --out") from None
+
+
+def _show(report: Mapping, place: Path, display: Display) -> None:
+    """Print the table, and a last line, quiet or not: the best setting."""
+    for line in sweep.lines(report):
+        display.line(line)
+    best = max((row for row in report["settings"] if row["mean"] is not None), key=lambda row: row["mean"])
+    display.result(f"{report['recipe']}: {sweep.sentence(report, best)}, {report['seconds']:.1f} s; {place}")
+
+
+def _folder(setting: Setting, recipe: Recipe) -> str:
+    return "_".join(part for part in (setting.name, f"seed-{recipe.seed}") if part)

@@ -1,0 +1,237 @@
+"""Which runs `--seeds N` and `--sweep FIELD=VALUE,...` ask for, and the table and the picture of what they gave."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from spec import recipe as recipes
+from spec.command_line import Flags
+from spec.errors import RecipeError, did_you_mean
+from spec.markdown import markdown_table
+from spec.recipe import Recipe
+
+MOST_RUNS = 1_000
+MOST_SEEDS = 2**32
+FIXED = ("name", "description", "seed", "metrics", "expected")  # of a recipe; --seeds is how seeds are asked for
+# What a kind that the recipe does not name needs besides: torch's defaults, and the lesson's StepLR.
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "optimizer": {
+        "sgd": {"momentum": 0.0, "dampening": 0.0, "nesterov": False},
+        "adam": {"betas": [0.9, 0.999], "epsilon": 1e-8},
+    },
+    "schedule": {
+        "constant": {},
+        "step": {"step_epochs": 10, "gamma": 0.1},
+        "cosine": {"final_learning_rate": 0.0},
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyFlags(Flags):
+    """One call of a trainer that can train many runs at once."""
+
+    seeds: int | None = None
+    """train this many seeds at once, from the recipe's on"""
+    sweep: tuple[str, ...] = ()
+    """train every combination: learning_rate=0.1,0.01 batch_size=32,64 optimizer=sgd,adam"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A point of the grid: the values that make it, by the names the user gave, and the recipe changed to them."""
+
+    values: Mapping[str, Any]
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Return a name for files: `learning_rate-0.1_batch_size-32`."""
+        return "_".join(f"{key}-{_said(value)}" for key, value in self.values.items()).replace(" ", "")
+
+
+def settings(recipe: Recipe, sweep: Sequence[str]) -> list[Setting]:
+    """Return the points of the grid that `sweep` spans, FIELD=VALUE,VALUE,...
+    each; one point if there is none.
+
+    A field is a recipe's by its path or by its last name alone, a section stands for its `name`: optimizer=sgd,adam. A
+    value that another one makes useless (momentum with adam) is left out, and so is a point that is there already.
+    Raises RecipeError naming the field or the value that cannot be.
+    """
+    axes = dict(_axis(argument) for argument in sweep)
+    if len(axes) < len(sweep):
+        raise RecipeError(f"--sweep {' '.join(sweep)}: a field is there twice; give its values in one list")
+    found: dict[Recipe, Setting] = {}
+    for values in itertools.product(*axes.values()):
+        setting = _setting(recipe, dict(zip(axes, values, strict=True)))
+        found.setdefault(setting.recipe, setting)
+    return list(found.values())
+
+
+def with_seeds(setting: Setting, seeds: int) -> list[Recipe]:
+    """Return the setting's recipe with `seeds` seeds, from its own on. Raises RecipeError past the last there is."""
+    first = setting.recipe.seed
+    if seeds < 1 or first + seeds > MOST_SEEDS:
+        raise RecipeError(f"--seeds {seeds} must be 1 or more, and seed {first} + {seeds} at most {MOST_SEEDS:,}")
+    return [dataclasses.replace(setting.recipe, seed=seed) for seed in range(first, first + seeds)]
+
+
+def summary_row(values: Mapping[str, Any], accuracies: Sequence[float | None]) -> dict[str, Any]:
+    """Return what a setting gave: its values, each seed's accuracy (None: it diverged), their mean and standard
+    deviation (None for fewer than one and two)."""
+    reached = [accuracy for accuracy in accuracies if accuracy is not None]
+    mean = statistics.fmean(reached) if reached else None
+    sd = statistics.stdev(reached) if len(reached) > 1 else None
+    return {"values": dict(values), "accuracies": list(accuracies), "mean": mean, "sd": sd}
+
+
+def table(report: Mapping) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the cells: a setting a row; without a sweep, a seed a row."""
+    rows = report["settings"]
+    if not any(row["values"] for row in rows):
+        each = zip(report["seeds"], rows[0]["accuracies"], strict=True)
+        return ["seed", f"{report['accuracy_of']} accuracy"], [[str(seed), _figure(found)] for seed, found in each]
+    names = list(dict.fromkeys(name for row in rows for name in row["values"]))
+    header = [*names, f"{report['accuracy_of']} accuracy", "seeds"]
+    return header, [[*(_said(row["values"].get(name, "-")) for name in names), *_outcome(row)] for row in rows]
+
+
+def markdown(report: Mapping) -> str:
+    """Return the table as Markdown."""
+    return markdown_table(*table(report))
+
+
+def lines(report: Mapping) -> list[str]:
+    """Return the table as lines of text, its columns aligned."""
+    header, rows = table(report)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def sentence(report: Mapping, row: Mapping) -> str:
+    """Return a setting's outcome in words."""
+    values = ", ".join(f"{name} {_said(value)}" for name, value in row["values"].items())
+    shown, seeds = _outcome(row)
+    which = f"best with {values}: " if values else ""
+    return f"{which}{report['accuracy_of']} accuracy {shown}" + (f" over {seeds} seeds" if seeds != "1" else "")
+
+
+def chart(report: Mapping, path: Path) -> None:
+    """Draw the settings from the top down: each seed's accuracy a point, the mean a line, the best setting in red."""
+    from matplotlib.figure import Figure
+
+    rows = report["settings"]
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    best = max(row["mean"] for row in rows if row["mean"] is not None)
+    for place, row in enumerate(rows):
+        colour = "#c44e52" if row["mean"] == best else "#4878a8"
+        accuracies = [accuracy for accuracy in row["accuracies"] if accuracy is not None]
+        axes.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.6)
+        if accuracies:
+            axes.plot([row["mean"]] * 2, [place - 0.3, place + 0.3], color=colour)
+        else:
+            axes.annotate("diverged", (0.02, place), xycoords=("axes fraction", "data"), va="center", color="grey")
+    names = [", ".join(f"{name} {_said(value)}" for name, value in row["values"].items()) for row in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(f"{report['accuracy_of']} accuracy")
+    axes.set_title(f"{report['recipe']}, {len(report['seeds'])} seeds a setting", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _axis(argument: str) -> tuple[str, list[Any]]:
+    field, equals, text = argument.partition("=")
+    if not equals or not text or not field:
+        raise RecipeError(f"--sweep {argument}: must be FIELD=VALUE,VALUE,...; learning_rate=0.1,0.01, say")
+    try:
+        return field, json.loads(f"[{text}]")
+    except ValueError:
+        return field, text.split(",")
+
+
+def _setting(recipe: Recipe, values: Mapping[str, Any]) -> Setting:
+    mapping = recipes.to_mapping(recipe)
+    mapping.pop("expected", None)
+    paths = {field: _path(field) for field in values}
+    kinds = [field for field in values if paths[field][-1] == "name"]
+    for field in kinds:
+        _change_kind(mapping, paths[field][0], values[field])
+    used = {field: values[field] for field in values if field in kinds or _is_used(mapping, paths[field])}
+    for field, value in used.items():
+        *section, last = paths[field]
+        (mapping[section[0]] if section else mapping)[last] = value
+    said = " ".join(f"{field}={_said(value)}" for field, value in used.items())
+    return Setting(values=used, recipe=recipes.parse(mapping, source=f"--sweep {said}" if said else recipe.name))
+
+
+def _change_kind(mapping: dict[str, Any], section: str, kind: str) -> None:
+    """Give the section of the recipe what that kind needs, and take from it what it does not."""
+    fields, uses = mapping[section], recipes.USES.get(section, {})
+    if kind not in uses:
+        return
+    for field in set(fields) & set().union(*uses.values()) - uses[kind]:
+        del fields[field]
+    for field, default in DEFAULTS.get(section, {}).get(kind, {}).items():
+        fields.setdefault(field, default)
+    fields["name"] = kind
+
+
+def _is_used(mapping: Mapping[str, Any], path: Sequence[str]) -> bool:
+    section = mapping.get(path[0])
+    uses = recipes.USES.get(path[0], {})
+    if not isinstance(section, dict) or section.get("name") not in uses:
+        return True
+    return path[1] in uses[section["name"]] or path[1] not in set().union(*uses.values())
+
+
+def _path(field: str) -> tuple[str, ...]:
+    """Return the path of a recipe's field that the user named."""
+    paths = list(_paths())
+    matching = [path for path in paths if field in (".".join(path), path[-1])] or [
+        path for path in paths if path == (field, "name")
+    ]
+    if len(matching) == 1:
+        return matching[0]
+    known = sorted({name for path in paths for name in (".".join(path), path[-1])})
+    if matching:
+        choices = ", ".join(".".join(path) for path in matching)
+        raise RecipeError(f"--sweep {field}: which one: {choices}?")
+    raise RecipeError(f"--sweep {field}: a recipe has no such field{did_you_mean(field, known)}; --help lists them")
+
+
+def _paths() -> Iterator[tuple[str, ...]]:
+    hints = get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        if field.name in FIXED:
+            continue
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from ((field.name, inner.name) for inner in dataclasses.fields(hints[field.name]))
+        else:
+            yield (field.name,)
+
+
+def _outcome(row: Mapping) -> list[str]:
+    reached = sum(accuracy is not None for accuracy in row["accuracies"])
+    failed = len(row["accuracies"]) - reached
+    spread = "" if row["sd"] is None else f" +- {row['sd']:.4f}"
+    return [_figure(row["mean"]) + spread, f"{reached}, {failed} diverged" if failed else str(reached)]
+
+
+def _figure(accuracy: float | None) -> str:
+    return "diverged" if accuracy is None else f"{accuracy:.4f}"
+
+
+def _said(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, list | tuple | bool) else str(value)
