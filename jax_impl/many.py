@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jax_impl.convert import to_canonical
-from jax_impl.optim import NUMBERS
+from jax_impl.optim import is_used, numbers_of
 from jax_impl.programs import compile_programs
 from jax_impl.trainer import IMPLEMENTATION, put, span_of, wait
 from spec import params, run_directory, sweep
@@ -86,9 +86,9 @@ class ManyTrainer:
 
 def program_key(recipe: Recipe) -> Recipe:
     """Return what recipes must have alike to be trained by one program: all but the seed and the optimiser's numbers,
-    of which only those that are 0 are told from the others."""
-    numbers = {name: 1.0 for name in NUMBERS if getattr(recipe.optimizer, name)}
-    return dataclasses.replace(recipe, seed=0, optimizer=dataclasses.replace(recipe.optimizer, **numbers))
+    of which only those that are used are told from the others."""
+    used = {name: 1.0 for name, number in numbers_of(recipe.optimizer)._asdict().items() if is_used(number)}
+    return dataclasses.replace(recipe, seed=0, optimizer=dataclasses.replace(recipe.optimizer, **used))
 
 
 def run(flags: ManyFlags) -> dict:
@@ -111,8 +111,10 @@ def run(flags: ManyFlags) -> dict:
         groups.setdefault(program_key(recipe), []).append(index)
     display.line(f"{len(runs)} runs in {len(groups)} programs on {made_by['devices'][0]}")
     start, summaries = time.perf_counter(), {}
-    for members in groups.values():
+    for number, members in enumerate(groups.values(), start=1):
         recipes = [runs[index][1] for index in members]
+        if len(groups) > 1:
+            display.line(f"program {number} of {len(groups)}: {_folder(*runs[members[0]])} and {len(members) - 1} more")
         with IMPLEMENTATION.memory_explained(), display.waiting("compiling ..."):
             trainer = ManyTrainer(recipes, dataset, device)
         folders = [place / _folder(*runs[index]) for index in members]

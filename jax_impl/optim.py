@@ -2,52 +2,79 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spec.recipe import Recipe
+from spec.recipe import Optimizer, Recipe
 
-NUMBERS = ("learning_rate", "weight_decay", "momentum", "dampening", "epsilon")
+Number = float | jax.Array | None
 
 
-def optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Return the recipe's update rule.
+class Numbers(NamedTuple):
+    """The numbers of an update rule, as they are or traced; None where the rule has no such number."""
+
+    learning_rate: Number
+    weight_decay: Number
+    momentum: Number
+    dampening: Number
+    epsilon: Number
+
+
+def numbers_of(options: Optimizer) -> Numbers:
+    """Return the numbers of a recipe's optimiser."""
+    return Numbers(*(getattr(options, name) for name in Numbers._fields))
+
+
+def optimizer(recipe: Recipe, steps_per_epoch: int, numbers: Numbers | None = None) -> optax.GradientTransformation:
+    """Return the recipe's update rule, with the given `numbers` in the place of its own.
 
     SGD, with g' = g + wd p: b_1 = g'_1; b_t = mu b_{t-1} + (1 - d) g'_t; p -= lr_t (g'_t + mu b_t, or b_t if not
     nesterov).
     Adam: Kingma and Ba, arXiv 1412.6980, with the same coupled decay. lr_t is constant within an epoch.
     """
     options = recipe.optimizer
-    rate = learning_rate(recipe, steps_per_epoch)
-    decay = optax.identity() if _zero(options.weight_decay) else optax.add_decayed_weights(options.weight_decay)
+    numbers = numbers or numbers_of(options)
+    rate = learning_rate(recipe, steps_per_epoch, numbers.learning_rate)
+    decay = optax.add_decayed_weights(numbers.weight_decay) if is_used(numbers.weight_decay) else optax.identity()
     if options.name == "adam":
         first, second = options.betas
-        return optax.chain(decay, optax.adam(rate, b1=first, b2=second, eps=options.epsilon))
-    momentum = None if _zero(options.momentum) else options.momentum
-    dampen = optax.identity() if _zero(options.dampening) else _dampen(options.dampening)
-    return optax.chain(decay, dampen, optax.sgd(rate, momentum=momentum, nesterov=bool(options.nesterov)))
+        return optax.chain(decay, optax.adam(rate, b1=first, b2=second, eps=numbers.epsilon))
+    momentum = numbers.momentum if is_used(numbers.momentum) else None
+    rule = optax.sgd(rate, momentum=momentum, nesterov=bool(options.nesterov))
+    return optax.chain(decay, _dampen(numbers.dampening) if is_used(numbers.dampening) else optax.identity(), rule)
 
 
 def tunable_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Return the same rule with its `NUMBERS` in its state, so that one program serves runs that differ in them.
+    """Return the same rule with its numbers in its state, so that one program serves runs that differ in them.
 
-    Those that are 0 stay out: a rule without momentum, say, has no buffers.
+    Those that are not used stay out: a rule without momentum, say, has no buffers.
     """
 
-    def rule(learning_rate, weight_decay, momentum, dampening, epsilon):
-        numbers = dict(zip(NUMBERS, (learning_rate, weight_decay, momentum, dampening, epsilon), strict=True))
-        return optimizer(replace(recipe, optimizer=replace(recipe.optimizer, **numbers)), steps_per_epoch)
+    def rule(
+        learning_rate: Number, weight_decay: Number, momentum: Number, dampening: Number, epsilon: Number
+    ) -> optax.GradientTransformation:
+        numbers = Numbers(learning_rate, weight_decay, momentum, dampening, epsilon)
+        return optimizer(recipe, steps_per_epoch, numbers)
 
-    numbers = {name: getattr(recipe.optimizer, name) for name in NUMBERS}
-    return optax.inject_hyperparams(rule, static_args=[name for name in NUMBERS if _zero(numbers[name])])(**numbers)
+    numbers = numbers_of(recipe.optimizer)._asdict()
+    return optax.inject_hyperparams(rule, static_args=[name for name in numbers if not is_used(numbers[name])])(
+        **numbers
+    )
 
 
-def learning_rate(recipe: Recipe, steps_per_epoch: int) -> float | optax.Schedule:
-    """Return the learning rate: a number, or a function of the step (from 0) that changes between epochs only."""
-    rate, schedule = recipe.optimizer.learning_rate, recipe.schedule
+def is_used(number: Number) -> bool:
+    """Return whether a number is there and not 0; a traced one is."""
+    return isinstance(number, jax.Array) or bool(number)
+
+
+def learning_rate(recipe: Recipe, steps_per_epoch: int, rate: Number = None) -> Number | optax.Schedule:
+    """Return the learning rate, from the recipe's or the given `rate`: a number, or a function of the step (from 0)
+    that changes between epochs only."""
+    rate = recipe.optimizer.learning_rate if rate is None else rate
+    schedule = recipe.schedule
     if schedule.name == "constant":
         return rate
 
@@ -61,12 +88,7 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> float | optax.Schedul
     return lambda step: of_epoch(elapsed(step, steps_per_epoch))
 
 
-def _zero(number: float | jax.Array | None) -> bool:
-    """Return whether a number is 0 or not given; a traced one is neither."""
-    return not isinstance(number, jax.Array) and not number
-
-
-def _dampen(dampening: float) -> optax.GradientTransformation:
+def _dampen(dampening: Number) -> optax.GradientTransformation:
     """Scale every gradient but the first by 1 - dampening: torch's first buffer is undamped."""
 
     def factor(step: jax.Array) -> jax.Array:

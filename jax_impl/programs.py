@@ -22,6 +22,7 @@ from spec import params
 from spec.batches import count
 from spec.datasets.dataset import value_table
 from spec.datasets.sizes import Size
+from spec.params import Leaf
 from spec.recipe import Recipe
 
 
@@ -46,13 +47,14 @@ def compile_programs(
     start = time.perf_counter()
     counts = count(recipe, size.num_train)
     outputs = params.num_outputs(recipe, size.num_classes)
+    leaves = params.leaves(recipe.model, size.input_shape, outputs)
     graphdef = models.graph(recipe.model, size.input_shape, outputs)
     dtype = jnp.dtype(recipe.precision)
     rule = optim.tunable_optimizer if runs else optim.optimizer
     optimizer = rule(recipe, counts.steps_per_epoch)
     with precision_scope(recipe.precision):
         states = [
-            _initial_state(run, size, rule(run, counts.steps_per_epoch).init, device) for run in runs or (recipe,)
+            _initial_state(run, leaves, rule(run, counts.steps_per_epoch).init, device) for run in runs or (recipe,)
         ]
         state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if runs else states[0]
         over_runs, axis = _over_runs(recipe, runs), (len(runs),) if runs else ()
@@ -107,8 +109,7 @@ def _over_runs(recipe: Recipe, runs: Sequence[Recipe] | None) -> Callable[[Calla
     return one_after_the_other if recipe.model.name == "cnn" else jax.vmap
 
 
-def _initial_state(recipe: Recipe, size: Size, init: Callable, device: jax.Device) -> TrainState:
-    leaves = params.leaves(recipe.model, size.input_shape, params.num_outputs(recipe, size.num_classes))
+def _initial_state(recipe: Recipe, leaves: Sequence[Leaf], init: Callable, device: jax.Device) -> TrainState:
     initial = params.initial_state(leaves, recipe.init, recipe.seed)
     trained, batch_stats = from_canonical(initial, leaves, dtype=stored_dtype(recipe.precision), device=device)
     return TrainState(trained, batch_stats, jax.device_put(init(trained), device))

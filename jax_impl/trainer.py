@@ -47,9 +47,8 @@ class Trainer:
         self.train_split, self.test_split = put(dataset, recipe.preprocessing, device)
         self._test_labels = dataset.test.labels if dataset.test else None
         self._position = (1, 0)
-        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs or compile_programs(
-            recipe, size, device
-        )
+        programs = programs or compile_programs(recipe, size, device)
+        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs
 
     def events(self, *, steps_per_call: int | None = None) -> Iterator[Event]:
         """Run every epoch, yielding what happens; `steps_per_call` steps (default: an epoch's) are one device program.

@@ -131,7 +131,7 @@ def chart(report: Mapping, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = report["settings"]
-    figure = Figure(figsize=(8, 1.2 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     best = max(row["mean"] for row in rows if row["mean"] is not None)
     for place, row in enumerate(rows):
@@ -198,12 +198,15 @@ def _is_used(mapping: Mapping[str, Any], path: Sequence[str]) -> bool:
 
 def _path(field: str) -> tuple[str, ...]:
     """Return the path of a recipe's field that the user named."""
-    paths = list(_paths())
+    paths = [] if field in FIXED else list(_paths())
     matching = [path for path in paths if field in (".".join(path), path[-1])] or [
         path for path in paths if path == (field, "name")
     ]
     if len(matching) == 1:
         return matching[0]
+    if field in FIXED:
+        hint = "; --seeds N trains several seeds" if field == "seed" else ""
+        raise RecipeError(f"--sweep {field}: changes nothing that is learned{hint}")
     known = sorted({name for path in paths for name in (".".join(path), path[-1])})
     if matching:
         choices = ", ".join(".".join(path) for path in matching)

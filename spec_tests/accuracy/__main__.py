@@ -47,6 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to N-1, two at least (default: 10)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once, of one thread each if more than one")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own; kept as 'NAME, N epochs'")
+    parser.add_argument("--bfloat16", action="store_true", help="in bfloat16; kept as 'NAME, bfloat16'")
     parser.add_argument("--data-dir", type=Path, help="a directory that holds the idx files")
     parser.add_argument("--keep", action="store_true", help="keep the figures in results/")
     parser.add_argument("--again", action="store_true", help="make the runs that are kept again")
@@ -60,8 +61,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seeds {arguments.seeds} gives no standard deviation; use two at least")
     if arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs} runs nothing; use one at least")
-    if arguments.experiment and arguments.epochs is not None:
-        raise UserError(f"--epochs {arguments.epochs} is for recipes; an experiment states its own")
+    if arguments.experiment and (arguments.epochs is not None or arguments.bfloat16):
+        flag = "--bfloat16" if arguments.epochs is None else f"--epochs {arguments.epochs}"
+        raise UserError(f"{flag} is for recipes; an experiment states its own")
     if unknown := set(arguments.experiment) - {"all", *EXPERIMENTS}:
         name = min(unknown)
         raise UserError(f"--experiment {name!r} does not exist{did_you_mean(name, EXPERIMENTS)}; --help lists them all")
@@ -81,9 +83,12 @@ def _frameworks(arguments: argparse.Namespace) -> tuple[str, ...]:
 def _recipe_runs(arguments: argparse.Namespace) -> Iterator[Run]:
     for name in arguments.recipes:
         recipes.load(name)
-        key = name if arguments.epochs is None else f"{name}, {arguments.epochs} epochs"
-        changes = () if arguments.epochs is None else ("--epochs", str(arguments.epochs))
-        yield from _runs(arguments, key, ("--recipe", name, *changes))
+        key, flags = name, ("--recipe", name)
+        if arguments.epochs is not None:
+            key, flags = f"{key}, {arguments.epochs} epochs", (*flags, "--epochs", str(arguments.epochs))
+        if arguments.bfloat16:
+            key, flags = f"{key}, bfloat16", (*flags, "--precision", "bfloat16")
+        yield from _runs(arguments, key, flags)
 
 
 def _experiment_runs(arguments: argparse.Namespace) -> Iterator[Run]:

@@ -37,6 +37,7 @@ JAX_LAYERS = "jax_impl/layers.py"
 JAX_MODELS = "jax_impl/models.py"
 JAX_OBJECTIVE = "jax_impl/objective.py"
 JAX_OPTIM = "jax_impl/optim.py"
+JAX_PROGRAMS = "jax_impl/programs.py"
 JAX_STEP = "jax_impl/step.py"
 JAX_TRAINER = "jax_impl/trainer.py"
 TORCH_CONVERT = "torch_ref/convert.py"
@@ -934,8 +935,8 @@ S6 = (
         clause="S6",
         says="the sign of the learning rate is wrong",
         path=JAX_OPTIM,
-        old="rate, schedule = recipe.optimizer.learning_rate, recipe.schedule",
-        new="rate, schedule = -recipe.optimizer.learning_rate, recipe.schedule",
+        old="rate = recipe.optimizer.learning_rate if rate is None else rate",
+        new="rate = -(recipe.optimizer.learning_rate if rate is None else rate)",
         only="lessons_step_goes",
     ),
     Mutant(
@@ -952,7 +953,7 @@ S6 = (
         clause="S6",
         says="an average (1 - mu) g in place of the trace, with the same rate",
         path=JAX_OPTIM,
-        old="rule = optax.sgd(rate, momentum=options.momentum or None, nesterov=bool(options.nesterov))",
+        old="rule = optax.sgd(rate, momentum=momentum, nesterov=bool(options.nesterov))",
         new="averaged = optax.ema(options.momentum or 0.0, debias=False)\n"
         "    rule = optax.chain(averaged, optax.scale_by_learning_rate(rate))",
         only="second_step_adds",
@@ -971,7 +972,7 @@ S6 = (
         clause="S6",
         says="momentum is not applied",
         path=JAX_OPTIM,
-        old="momentum=options.momentum or None",
+        old="momentum=momentum",
         new="momentum=None",
         only="second_step_adds",
     ),
@@ -1025,7 +1026,7 @@ S6 = (
         clause="S6",
         says="dampening is not applied",
         path=JAX_OPTIM,
-        old="_dampen(options.dampening) if options.dampening else optax.identity()",
+        old="_dampen(numbers.dampening) if is_used(numbers.dampening) else optax.identity()",
         new="optax.identity()",
         only="first_buffer_is_not_damped",
     ),
@@ -1043,7 +1044,7 @@ S6 = (
         clause="S6",
         says="Adam's decay goes past the moments: AdamW",
         path=JAX_OPTIM,
-        old="return optax.chain(decay, optax.adam(rate, b1=first, b2=second, eps=options.epsilon))",
+        old="return optax.chain(decay, optax.adam(rate, b1=first, b2=second, eps=numbers.epsilon))",
         new="return optax.adamw(\n"
         "            rate, b1=first, b2=second, eps=options.epsilon, weight_decay=options.weight_decay\n"
         "        )",
@@ -1063,7 +1064,8 @@ S6 = (
         clause="S6",
         says="SGD's decay does not enter the buffer",
         path=JAX_OPTIM,
-        old="return optax.chain(decay, _dampen(options.dampening) if options.dampening else optax.identity(), rule)",
+        old="return optax.chain(decay, _dampen(numbers.dampening) if is_used(numbers.dampening) else "
+        "optax.identity(), rule)",
         new="trace = optax.trace(decay=options.momentum, nesterov=bool(options.nesterov))\n"
         "    return optax.chain(trace, decay, optax.scale_by_learning_rate(rate))",
         only="weight_decay_is_coupled",
@@ -1091,7 +1093,7 @@ S6 = (
         clause="S6",
         says="Adam's epsilon is added to v under the root",
         path=JAX_OPTIM,
-        old="eps=options.epsilon",
+        old="eps=numbers.epsilon",
         new="eps=0.0, eps_root=options.epsilon",
         only="epsilon_stands_outside",
     ),
@@ -1100,7 +1102,7 @@ S6 = (
         clause="S6",
         says="Adam's first moment is not corrected for starting at 0",
         path=JAX_OPTIM,
-        old="return optax.chain(decay, optax.adam(rate, b1=first, b2=second, eps=options.epsilon))",
+        old="return optax.chain(decay, optax.adam(rate, b1=first, b2=second, eps=numbers.epsilon))",
         new="undo = optax.scale_by_schedule(lambda step: 1 - first ** (step + 1))\n"
         "        return optax.chain(decay, optax.adam(rate, b1=first, b2=second, eps=options.epsilon), undo)",
         only="epsilon_stands_outside",
@@ -1687,8 +1689,8 @@ S8 = (
         clause="S8",
         says="the test split's short batch scores the first images against the last labels",
         path=JAX_EPOCH,
-        old="eval_step(state, split.images[full:], split.labels[full:])",
-        new="eval_step(state, split.images[: num_examples - full], split.labels[full:])",
+        old="split.images(split.inputs[full:])",
+        new="split.images(split.inputs[: num_examples - full])",
         only="scored_once and jax",
     ),
     Mutant(
@@ -1751,14 +1753,14 @@ S9 = (
         clause="S9",
         says="a run begins with the buffers of the run before it in the same process",
         path=JAX_TRAINER,
-        old="        opt_state = jax.device_put(optimizer.init(trained), self.device)\n",
-        new="        fresh, last = optimizer.init(trained), getattr(Trainer, 'last', None)\n"
+        old="        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs\n",
+        new="        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs\n"
+        "        last, Trainer.last = getattr(Trainer, 'last', None), self\n"
         "        if last is not None and (last.leaves, last.recipe.optimizer, last.recipe.precision) == (\n"
         "            self.leaves, recipe.optimizer, recipe.precision\n"
         "        ):\n"
-        "            fresh = jax.tree.map(jnp.array, last._state.opt_state)\n"
-        "        Trainer.last = self\n"
-        "        opt_state = jax.device_put(fresh, self.device)\n",
+        "            kept = jax.tree.map(jax.numpy.array, last._state.opt_state)\n"
+        "            self._state = self._state._replace(opt_state=kept)\n",
         tests=(OPTIMIZER_TESTS,),
         only="a_trainer_carries and jax",
     ),
@@ -1845,9 +1847,9 @@ S12 = (
         name="jax-state-float32",
         clause="S12",
         says="the parameters of a float64 run are float32",
-        path=JAX_TRAINER,
-        old="stored = jnp.promote_types(dtype, jnp.float32)",
-        new="stored = jnp.float32",
+        path=JAX_PROGRAMS,
+        old="return jnp.promote_types(jnp.dtype(precision), jnp.float32)",
+        new="return jnp.dtype(jnp.float32)",
         tests=(EPOCH_TESTS,),
         only="two_precisions",
     ),
@@ -1900,7 +1902,7 @@ S12 = (
         name="jax-default-products",
         clause="S12",
         says="matrix products at the device's default precision",
-        path=JAX_TRAINER,
+        path=JAX_PROGRAMS,
         old='products = "default" if precision == "bfloat16" else "highest"',
         new='products = "default"',
         only="the_scope_asks",

@@ -1,0 +1,232 @@
+"""Many runs in one program, `--seeds` and `--sweep`: each is the run that it would be alone (S2, S6, S9)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+
+import jax
+import numpy as np
+import pytest
+
+from jax_impl import optim
+from jax_impl.many import ManyTrainer, program_key
+from jax_impl.trainer import Trainer
+from spec import recipe as recipes
+from spec import sweep
+from spec.errors import RecipeError
+from spec.recipe import Optimizer
+from spec_tests.assertions import assert_within
+from spec_tests.conftest import made_up_images
+from spec_tests.tolerances import ROUNDED_MEAN, run_bound
+
+CPU = jax.devices("cpu")[0]
+MLP128, CNN = recipes.load("mlp128"), recipes.load("cnn")
+SMALL_MLP = dataclasses.replace(
+    MLP128, model=dataclasses.replace(MLP128.model, hidden_sizes=(6,)), batch_size=5, epochs=2, last_batch="keep"
+)
+SMALL_CNN = dataclasses.replace(
+    CNN, model=dataclasses.replace(CNN.model, channels=(3, 4), hidden_sizes=(6,)), batch_size=5, epochs=2
+)
+PIXELS = 28 * 28
+SGD = dataclasses.replace(MLP128.optimizer, weight_decay=0.01, dampening=0.2)
+ADAM = Optimizer(name="adam", learning_rate=0.01, weight_decay=0.0, betas=(0.9, 0.999), epsilon=1e-8)
+
+
+def alone(recipe, dataset):
+    trainer = Trainer(recipe, dataset, CPU)
+    return trainer, list(trainer.events())
+
+
+@pytest.mark.parametrize("small", [SMALL_MLP, SMALL_CNN], ids=["mlp", "cnn"])
+def test_seeds_trained_together_are_the_runs_they_would_be_alone(small):
+    # Orders, initial states and dropout are each seed's own; a short last batch is a step of each.
+    small = dataclasses.replace(small, precision="float64")
+    dataset = made_up_images(13, 3)
+    runs = [dataclasses.replace(small, seed=seed) for seed in (0, 1, 7)]
+    together = ManyTrainer(runs, dataset, CPU)
+    events = list(together.events())
+    for run, recipe in enumerate(runs):
+        one, expected = alone(recipe, dataset)
+        bound = run_bound(one.leaves, recipe.batch_size * PIXELS, one.counts.steps, np.float64)
+        assert_within(together.state(run), one.state(), bound=bound, item=f"seed {recipe.seed}", relative_to_layer=True)
+        own = [event for index, event in events if index == run]
+        assert [event.epoch for event in own] == [event.epoch for event in expected] == [1, 1, 2, 2]
+        for mine, theirs in zip(own, expected, strict=True):
+            if hasattr(mine, "losses"):
+                assert mine.num_correct.tolist() == theirs.num_correct.tolist()
+                assert_within({"losses": mine.losses}, {"losses": theirs.losses}, bound=bound, item="losses")
+            else:
+                assert mine.test_correct.tolist() == theirs.test_correct.tolist()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_runs_that_differ_in_the_optimisers_numbers_are_trained_by_one_program(name):
+    numbers = {"sgd": SGD, "adam": ADAM}[name]
+    base = dataclasses.replace(SMALL_MLP, precision="float64", optimizer=numbers)
+    runs = [
+        base,
+        dataclasses.replace(
+            base, seed=3, optimizer=dataclasses.replace(numbers, learning_rate=0.2 if name == "sgd" else 0.002)
+        ),
+    ]
+    if name == "sgd":
+        other = dataclasses.replace(numbers, momentum=0.5, dampening=0.1, weight_decay=0.002)
+        runs.append(dataclasses.replace(base, optimizer=other))
+    assert len({program_key(run) for run in runs}) == 1
+    dataset = made_up_images(13, 3)
+    together = ManyTrainer(runs, dataset, CPU)
+    for _ in together.events():
+        pass
+    for run, recipe in enumerate(runs):
+        one, _ = alone(recipe, dataset)
+        bound = run_bound(one.leaves, recipe.batch_size * PIXELS, one.counts.steps, np.float64)
+        assert_within(together.state(run), one.state(), bound=bound, item=str(run), relative_to_layer=True)
+
+
+def test_what_changes_the_program_keeps_recipes_apart():
+    changes = [
+        {"batch_size": 4},
+        {"epochs": 3},
+        {"last_batch": "drop"},
+        {"optimizer": ADAM},
+        {"optimizer": dataclasses.replace(SMALL_MLP.optimizer, momentum=0.0)},
+        {"optimizer": dataclasses.replace(SMALL_MLP.optimizer, nesterov=True)},
+        {"model": dataclasses.replace(SMALL_MLP.model, hidden_sizes=(7,))},
+    ]
+    keys = {program_key(dataclasses.replace(SMALL_MLP, **change)) for change in ({}, *changes)}
+    assert len(keys) == 1 + len(changes)
+
+
+def test_the_grid_holds_every_combination_that_says_something_once():
+    found = sweep.settings(MLP128, ["learning_rate=0.1,0.01", "optimizer=sgd,adam", "momentum=0,0.9"])
+    assert [setting.values for setting in found] == [
+        {"learning_rate": rate, **rest}
+        for rate in (0.1, 0.01)
+        for rest in ({"optimizer": "sgd", "momentum": 0}, {"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adam"})
+    ]
+    adam = found[2].recipe.optimizer
+    assert adam == dataclasses.replace(ADAM, learning_rate=0.1, weight_decay=MLP128.optimizer.weight_decay)
+    assert found[1].recipe.optimizer == dataclasses.replace(MLP128.optimizer, learning_rate=0.1, momentum=0.9)
+    assert found[1].name == "learning_rate-0.1_optimizer-sgd_momentum-0.9"
+    assert all(setting.recipe.expected is None for setting in found)
+
+
+def test_a_field_can_be_named_by_its_path_and_hold_lists_and_a_schedule_brings_the_lessons():
+    (one, two) = sweep.settings(MLP128, ["model.hidden_sizes=[32],[64]", "schedule=step"])
+    assert (one.recipe.model.hidden_sizes, two.recipe.model.hidden_sizes) == ((32,), (64,))
+    assert (one.recipe.schedule.step_epochs, one.recipe.schedule.gamma) == (10, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("learning_rat=0.1", "did you mean 'learning_rate'?"),
+        ("learning_rate", "must be FIELD=VALUE,VALUE"),
+        ("learning_rate=", "must be FIELD=VALUE,VALUE"),
+        ("learning_rate=-1", "optimizer.learning_rate -1: must be greater than 0"),
+        ("batch_size=0.5", "batch_size 0.5"),
+        ("optimizer=sdg", "optimizer.name 'sdg'"),
+        ("std=1", "which one: preprocessing.std, init.std?"),
+        ("name=sgd", "changes nothing that is learned"),
+        ("seed=1,2", "--seeds N trains several seeds"),
+        ("optimizer.name.x=1", "no such field"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_naming_the_field_and_the_value(asked, said):
+    with pytest.raises(RecipeError) as refused:
+        sweep.settings(MLP128, [asked])
+    assert said in str(refused.value)
+
+
+def test_a_field_given_twice_is_refused():
+    with pytest.raises(RecipeError, match="twice"):
+        sweep.settings(MLP128, ["batch_size=1,2", "batch_size=3"])
+
+
+def test_the_command_writes_each_run_as_if_alone_and_mean_and_deviation_of_all(trainer_command, tmp_path):
+    many_out, one_out = tmp_path / "many", tmp_path / "one"
+    flags = ["--recipe", "digits", "--epochs", 2]
+    ended = trainer_command(*flags, "--seeds", 3, "--seed", 4, "--out", many_out)
+    assert ended.status == 0, ended.err
+    assert trainer_command(*flags, "--seed", 5, "--quiet", "--out", one_out).status == 0
+    own = many_out / "seed-5"
+    assert sorted(path.name for path in own.iterdir()) == sorted(path.name for path in one_out.iterdir())
+    assert (
+        json.loads((own / "config.json").read_text())["recipe"]
+        == json.loads((one_out / "config.json").read_text())["recipe"]
+    )
+    accuracies = [
+        json.loads((many_out / f"seed-{seed}" / "summary.json").read_text())["test_accuracy"] for seed in (4, 5, 6)
+    ]
+    assert accuracies[1] == json.loads((one_out / "summary.json").read_text())["test_accuracy"]
+    (row,) = json.loads((many_out / "summary.json").read_text())["settings"]
+    assert row["accuracies"] == accuracies
+    assert row["mean"] == pytest.approx(sum(accuracies) / 3, rel=ROUNDED_MEAN)
+    assert row["sd"] == pytest.approx(statistics.stdev(accuracies), rel=ROUNDED_MEAN)
+    said = f"digits: test accuracy {row['mean']:.4f} +- {row['sd']:.4f} over 3 seeds"
+    assert said in ended.out.splitlines()[-1]
+    assert [line.split("|")[1].strip() for line in (many_out / "table.md").read_text().splitlines()[2:]] == [
+        "4",
+        "5",
+        "6",
+    ]
+
+
+def test_a_run_that_diverges_leaves_the_others_alone_and_is_shown(trainer_command, tmp_path):
+    # A batch loss of a softmax stays finite for long; 3e38 in the inputs' place does not.
+    flags = [
+        "--recipe",
+        "digits",
+        "--epochs",
+        2,
+        "--sweep",
+        "learning_rate=0.1,1e6",
+        'activations=["relu"]',
+        "--optimizer.weight-decay",
+        10,
+    ]
+    ended = trainer_command(*flags, "--out", tmp_path / "sweep")
+    assert ended.status == 0, ended.err
+    rows = json.loads((tmp_path / "sweep" / "summary.json").read_text())["settings"]
+    assert rows[1]["accuracies"] == [None]
+    assert rows[0]["accuracies"][0] is not None
+    assert "is out: the loss is" in ended.out
+    assert "diverged" in (tmp_path / "sweep" / "table.md").read_text()
+    assert (tmp_path / "sweep" / "chart.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "sweep").glob("*1000000*/summary.json"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seeds", 0], "--seeds 0 must be 1 or more"),
+        (["--seeds", 2, "--seed", 2**32 - 1], "at most 4,294,967,296"),
+        (["--seeds", 1001], "1,001 runs are asked for"),
+        (["--seeds", 2, "--overwrite"], "--overwrite replaces one run"),
+        (["--sweep", "learning_rate=x"], "optimizer.learning_rate 'x'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(flags, said, trainer_command, tmp_path):
+    ended = trainer_command("--recipe", "digits", *flags, "--out", tmp_path / "out")
+    assert ended.status == 2
+    assert said in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_run_diverging_is_an_error(trainer_command, tmp_path):
+    flags = ["--recipe", "digits", "--learning-rate", 1e6, "--optimizer.weight-decay", 10, "--seeds", 2]
+    ended = trainer_command(*flags, "--out", tmp_path / "out")
+    assert ended.status == 2
+    assert "every run diverged" in ended.err
+
+
+def test_torchs_trainer_says_that_it_has_no_seeds(trainer_command):
+    assert trainer_command("--seeds", 2, framework="torch").status == 2
+
+
+def test_numbers_that_are_zero_stay_out_of_the_state():
+    plain = dataclasses.replace(MLP128, optimizer=dataclasses.replace(MLP128.optimizer, momentum=0.0, weight_decay=0.0))
+    state = optim.tunable_optimizer(plain, 10).init({"a": np.zeros(2, np.float32)})
+    assert list(state.hyperparams) == ["learning_rate"]
