@@ -72,7 +72,7 @@ class ManyTrainer:
 
     def state(self, run: int) -> dict[str, np.ndarray]:
         """Return the present parameters and running statistics of one run, canonical names and layouts."""
-        trained, batch_stats = jax.tree.map(lambda leaf: leaf[run], self._state[:2])
+        trained, batch_stats = jax.tree.map(lambda leaf: np.asarray(leaf)[run], self._state[:2])
         return to_canonical(trained, batch_stats, self.leaves)
 
     def _tested(self) -> list[tuple[np.ndarray | None, np.ndarray | None]]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spec.recipe import Optimizer, Recipe
@@ -63,6 +64,20 @@ def tunable_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTra
     return optax.inject_hyperparams(rule, static_args=[name for name in numbers if not is_used(numbers[name])])(
         **numbers
     )
+
+
+def initial_state(optimizer: optax.GradientTransformation, recipe: Recipe, params: dict) -> optax.OptState:
+    """Return what the optimiser's `init` gives for `params`, as NumPy arrays: zeros (S6), and a tunable rule's numbers.
+
+    `init` itself would have JAX compile a small program for every shape.
+    """
+    shapes = jax.eval_shape(optimizer.init, params)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    if not hasattr(state, "hyperparams"):
+        return state
+    numbers = numbers_of(recipe.optimizer)._asdict()
+    given = {name: np.asarray(numbers[name], leaf.dtype) for name, leaf in state.hyperparams.items()}
+    return state._replace(hyperparams=given)
 
 
 def is_used(number: Number) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
@@ -50,13 +51,10 @@ def compile_programs(
     leaves = params.leaves(recipe.model, size.input_shape, outputs)
     graphdef = models.graph(recipe.model, size.input_shape, outputs)
     dtype = jnp.dtype(recipe.precision)
-    rule = optim.tunable_optimizer if runs else optim.optimizer
-    optimizer = rule(recipe, counts.steps_per_epoch)
+    optimizer = (optim.tunable_optimizer if runs else optim.optimizer)(recipe, counts.steps_per_epoch)
     with precision_scope(recipe.precision):
-        states = [
-            _initial_state(run, leaves, rule(run, counts.steps_per_epoch).init, device) for run in runs or (recipe,)
-        ]
-        state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if runs else states[0]
+        states = [_initial_state(run, leaves, optimizer, device) for run in runs or (recipe,)]
+        state = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *states), device) if runs else states[0]
         over_runs, axis = _over_runs(recipe, runs), (len(runs),) if runs else ()
         train_step = make_train_step(make_gradients(graphdef, recipe.loss, dtype), optimizer)
         run_steps = jax.jit(over_runs(make_run_steps(train_step, counts), (0, None, 0, None, 0)), donate_argnums=0)
@@ -109,10 +107,12 @@ def _over_runs(recipe: Recipe, runs: Sequence[Recipe] | None) -> Callable[[Calla
     return one_after_the_other if recipe.model.name == "cnn" else jax.vmap
 
 
-def _initial_state(recipe: Recipe, leaves: Sequence[Leaf], init: Callable, device: jax.Device) -> TrainState:
+def _initial_state(
+    recipe: Recipe, leaves: Sequence[Leaf], optimizer: optax.GradientTransformation, device: jax.Device
+) -> TrainState:
     initial = params.initial_state(leaves, recipe.init, recipe.seed)
     trained, batch_stats = from_canonical(initial, leaves, dtype=stored_dtype(recipe.precision), device=device)
-    return TrainState(trained, batch_stats, jax.device_put(init(trained), device))
+    return TrainState(trained, batch_stats, jax.device_put(optim.initial_state(optimizer, recipe, trained), device))
 
 
 def _split_shape(recipe: Recipe, size: Size, num_examples: int, device: jax.Device) -> DeviceSplit:

@@ -230,3 +230,16 @@ def test_numbers_that_are_zero_stay_out_of_the_state():
     plain = dataclasses.replace(MLP128, optimizer=dataclasses.replace(MLP128.optimizer, momentum=0.0, weight_decay=0.0))
     state = optim.tunable_optimizer(plain, 10).init({"a": np.zeros(2, np.float32)})
     assert list(state.hyperparams) == ["learning_rate"]
+
+
+@pytest.mark.parametrize("rule", [optim.optimizer, optim.tunable_optimizer])
+@pytest.mark.parametrize("options", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
+def test_the_optimisers_state_starts_as_optax_starts_it(rule, options, schedule):
+    (setting,) = sweep.settings(dataclasses.replace(MLP128, optimizer=options), [f"schedule={schedule}"])
+    optimizer = rule(setting.recipe, 10)
+    params = {"a": {"kernel": np.ones((2, 3), np.float32)}}
+    found, expected = optim.initial_state(optimizer, setting.recipe, params), optimizer.init(params)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (mine.dtype, mine.tolist()) == (theirs.dtype, theirs.tolist())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ import torch_ref.models
 from jax_impl import layers, models
 from jax_impl.convert import from_canonical, to_canonical
 from jax_impl.programs import precision_scope
-from jax_impl.trainer import Trainer
 from spec import oracle, params, recipe
 from spec.datasets.sizes import known_size
 from spec.oracle import layers as oracle_layers
@@ -35,7 +33,6 @@ from spec_tests.assertions import (
     assert_within,
     largest_difference,
 )
-from spec_tests.conftest import made_up_images
 from spec_tests.tolerances import DEVIATIONS, chain_bound, sum_bound, unit_roundoff
 
 CPU = jax.devices("cpu")[0]
@@ -541,18 +538,6 @@ def torch_convolution(x, weight, bias, grad) -> dict[str, np.ndarray]:
     output.backward(torch.tensor(grad))
     found = {"output": output.detach(), "x": given.grad, "weight": conv.weight.grad, "bias": conv.bias.grad}
     return {name: tensor.numpy() for name, tensor in found.items()}
-
-
-@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
-def test_the_compiled_cpu_epoch_takes_no_kernel_gradient_by_convolution(stock, monkeypatch):
-    # XLA:CPU runs that one slowly inside a loop. It is the convolution whose result has the kernel's shape.
-    if stock:
-        monkeypatch.setattr(models, "conv_general_dilated", lax.conv_general_dilated)
-    cnn = recipe.load("cnn")
-    model = dataclasses.replace(cnn.model, channels=(5, 7), hidden_sizes=(4,))
-    trainer = Trainer(dataclasses.replace(cnn, model=model, batch_size=6), made_up_images(15, 3), CPU)
-    found = re.findall(r"f32\[3,3,(?:1,5|5,7)\]\S* convolution\(", trainer._run_steps.as_text())
-    assert (len(found) > 0) == stock
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 7, 7, 2), (1, 3, 5, 1)])
