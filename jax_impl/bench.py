@@ -93,15 +93,22 @@ def compare(recipe: Recipe, flags: argparse.Namespace) -> dict:
 
 
 def compare_processes(recipe: Recipe, flags: argparse.Namespace) -> dict:
-    """Return the report of whole processes, ours and the lesson's in turn: all epochs of the recipe, start and end."""
+    """Return the report of whole processes, ours and the lesson's in turn: all epochs of the recipe, start and end.
+
+    Ours finds its compiled programs on disk (warm), or an empty place for them each time (cold).
+    """
     seconds: dict[str, list[float]] = {"ours": [], "lesson": []}
-    for turn in range(flags.pairs):
-        for name, module in (("lesson", "torch_ref.lesson"), ("ours", "jax_impl.train")):
-            seconds[name].append(_whole_process(module, flags.recipe, out=name == "ours"))
-        console.print(
-            f"turn {turn + 1} of {flags.pairs}: {_said({name: taken[-1] for name, taken in seconds.items()})}"
-        )
-    return {"recipe": recipe.name, "process": True, "seconds": seconds, **origin()}
+    with tempfile.TemporaryDirectory() as kept:
+        if flags.process == "warm":
+            _whole_process("jax_impl.train", flags.recipe, kept)
+        for turn in range(flags.pairs):
+            seconds["lesson"].append(_whole_process("torch_ref.lesson", flags.recipe, None))
+            with tempfile.TemporaryDirectory() as fresh:
+                place = kept if flags.process == "warm" else fresh
+                seconds["ours"].append(_whole_process("jax_impl.train", flags.recipe, place))
+            taken = {name: each[-1] for name, each in seconds.items()}
+            console.print(f"turn {turn + 1} of {flags.pairs}: {_said(taken)}")
+    return {"recipe": recipe.name, "process": flags.process, "seconds": seconds, **origin()}
 
 
 def extent(recipe: Recipe, steps: int | None) -> tuple[int, int]:
@@ -212,7 +219,7 @@ def load_results(root: Path = Path()) -> dict[str, dict]:
 
 def key(report: Mapping) -> str:
     """Return the name under which a report is kept."""
-    return f"{report['recipe']}, whole process" if report.get("process") else report["recipe"]
+    return report["recipe"] + (f", whole process, {report['process']}" if "process" in report else "")
 
 
 def table(results: Mapping[str, dict]) -> str:
@@ -223,8 +230,12 @@ def table(results: Mapping[str, dict]) -> str:
     ]
     own = [f"{statistics.median(report['seconds']['ours']):.3f}" for report in results.values()]
     share = [f"{efficiency(report):.0%}" if "flops" in report else "-" for report in results.values()]
+    memory = [
+        f"{report['peak_bytes']['ours'] / 1e6:,.0f}" if "peak_bytes" in report else "-" for report in results.values()
+    ]
+    steps = [f"{report['steps']:,} steps" if "steps" in report else "-" for report in results.values()]
     turns = [str(len(report["seconds"]["ours"])) for report in results.values()]
-    rows += [["ours, s", *own], ["efficiency", *share], ["turns", *turns]]
+    rows += [["ours, s", *own], ["in", *steps], ["efficiency", *share], ["ours, peak MB", *memory], ["turns", *turns]]
     return markdown_table(["time over ours", *(f"`{name}`" for name in results)], rows)
 
 
@@ -235,12 +246,17 @@ def origin() -> dict:
     return {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} CPU cores", "versions": versions}
 
 
-def _whole_process(module: str, recipe: str, *, out: bool) -> float:
+def _whole_process(module: str, recipe: str, compiled: str | None) -> float:
+    """Return how long a trainer takes from start to end; ours keeps its programs in `compiled`, the lesson has none."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--out", str(Path(folder) / "run")] if out else []
+        options = ["--out", str(Path(folder) / "run")] if compiled else []
+        environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": compiled} if compiled else {})
         start = time.perf_counter()
         ended = subprocess.run(
-            [sys.executable, "-m", module, "--recipe", recipe, *options], capture_output=True, text=True
+            [sys.executable, "-m", module, "--recipe", recipe, *options],
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         seconds = time.perf_counter() - start
     if ended.returncode:
@@ -302,7 +318,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pairs", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--steps", type=int, help="steps a turn (default: an epoch's)")
-    parser.add_argument("--process", action="store_true", help="whole processes instead, ours and the lesson's")
+    parser.add_argument(
+        "--process",
+        choices=("cold", "warm"),
+        help="whole processes instead, ours and the lesson's; with nothing compiled before, or with our programs kept",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times to this file")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios: .png, .svg, .pdf (extra plot)")
     parser.add_argument("--keep", action="store_true", help=f"keep the times in {RESULTS}")

@@ -227,11 +227,33 @@ def test_ratios_are_turn_by_turn_and_efficiency_is_floor_over_the_median():
 
 
 def test_the_table_has_a_column_a_report():
-    process = {"recipe": "mlp128", "process": True, "seconds": {"ours": [1.0], "lesson": [5.0]}}
+    process = {"recipe": "mlp128", "process": "cold", "seconds": {"ours": [1.0], "lesson": [5.0]}}
     rows = [line.split(" | ") for line in bench.table({"mlp128": REPORT, bench.key(process): process}).splitlines()]
-    assert rows[0] == ["| time over ours", "`mlp128`", "`mlp128, whole process` |"]
+    assert rows[0] == ["| time over ours", "`mlp128`", "`mlp128, whole process, cold` |"]
     by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
     assert by_name[bench.BASELINES["eager"]] == ["1.00 (1.00 to 3.00)", "- |"]
     assert by_name[bench.BASELINES["lesson"]] == ["-", "5.00 (5.00 to 5.00) |"]
     assert by_name["efficiency"] == ["50%", "- |"]
     assert by_name["turns"] == ["3", "1 |"]
+
+
+@pytest.mark.parametrize("state", ["cold", "warm"])
+def test_whole_processes_take_turns_with_an_empty_or_a_filled_place_for_our_programs(state, monkeypatch):
+    ran: list[tuple[str, str | None, bool]] = []
+
+    def pretend(module: str, name: str, compiled: str | None) -> float:
+        filled = bool(compiled) and any(Path(compiled).iterdir())
+        ran.append((module, name, filled))
+        if compiled:
+            (Path(compiled) / "program").write_text("")
+        return float(len(ran))
+
+    monkeypatch.setattr(bench, "_whole_process", pretend)
+    monkeypatch.setattr(sys, "argv", ["bench", "--process", state, "--pairs", "2"])
+    report = bench.compare_processes(recipe.load("mlp128"), bench._parser().parse_args())
+    lesson, ours = ("torch_ref.lesson", "mlp128", False), ("jax_impl.train", "mlp128", state == "warm")
+    first = [("jax_impl.train", "mlp128", False)] if state == "warm" else []
+    assert ran == [*first, lesson, ours, lesson, ours]
+    start = len(first)
+    assert report["seconds"] == {"lesson": [start + 1.0, start + 3.0], "ours": [start + 2.0, start + 4.0]}
+    assert bench.key(report) == f"mlp128, whole process, {state}"
