@@ -30,8 +30,11 @@ EXPERIMENTS = accuracy.load_experiments(ROOT)
 def flags_of(key: str) -> tuple[str, ...]:
     if key in accuracy.EXPERIMENTS:
         return tuple(accuracy.EXPERIMENTS[key].split())
-    name, _, epochs = key.partition(", ")
-    return ("--recipe", name, *(("--epochs", epochs.split()[0]) if epochs else ()))
+    name, *changes = key.split(", ")
+    flags = ["--recipe", name]
+    for change in changes:
+        flags += ["--precision", "bfloat16"] if change == "bfloat16" else ["--epochs", change.removesuffix(" epochs")]
+    return tuple(flags)
 
 
 @pytest.mark.parametrize("key", sorted(RESULTS | EXPERIMENTS))

@@ -104,6 +104,17 @@ def test_a_fresh_mlp128_of_each_side_lies_in_the_recipes_band(framework, fashion
     assert_lands_in_its_band("mlp128", framework)
 
 
+@pytest.mark.slow(minutes=1)
+@pytest.mark.parametrize("framework", accuracy.FRAMEWORKS)
+def test_a_fresh_bfloat16_run_of_each_side_lies_in_a_band_of_its_own(framework, fashion_mnist):
+    flags = ("--recipe", "mlp128", "--precision", "bfloat16")
+    run = Run(key="mlp128, bfloat16", framework=framework, seed=3, flags=flags)
+    summary = train(run, data_dir=None, one_thread=False)
+    band = accuracy.expected(RESULTS[run.key])
+    assert summary["settings"] == settings_of_flags(flags)
+    assert abs(summary["test_accuracy"] - band["test_accuracy"]) <= band["margin"]
+
+
 def assert_lands_in_its_band(name: str, framework: str) -> None:
     run = Run(key=name, framework=framework, seed=3, flags=("--recipe", name))
     summary = train(run, data_dir=None, one_thread=False)
