@@ -58,7 +58,8 @@ class Stock:
         self.counts = count(recipe, len(dataset.train.labels))
         self.images, self.labels = datasets.preprocess(dataset, recipe.preprocessing).train
         self.model, self.optimizer, self.metrics = self._start(recipe)
-        self.coming = self._batches()
+        # The first turn, which does not count, ends an epoch: a short batch compiles then and not later.
+        self.coming = itertools.islice(self._batches(), max(self.counts.steps_per_epoch - 2, 0), None)
 
     def first_losses(self, steps: int) -> list[float]:
         """Return the losses of the first steps, without dropout."""

@@ -32,6 +32,7 @@ from spec import datasets, flops, params
 from spec import recipe as recipes
 from spec.batches import count
 from spec.bench_worker import Worker, worker
+from spec.datasets.catalog import IDX_SETS
 from spec.errors import UserError, did_you_mean, require, run_program
 from spec.files import check_target, write_atomic
 from spec.markdown import markdown_table
@@ -60,6 +61,7 @@ def main() -> None:
     flags = _parser().parse_args()
     recipe = recipes.load(flags.recipe)
     _check(flags, recipe)
+    flags.against = flags.against or default_baselines(recipe)
     report = (compare_processes if flags.process else compare)(recipe, flags)
     show(report)
     if flags.json:
@@ -142,7 +144,9 @@ def take_turns(programs: Sequence[Worker], steps: int, turns: int) -> tuple[list
     """Return every turn's seconds by program, and the matmul rate at each, FLOP/s. A first turn is not counted."""
     taken, peaks = [], []
     for turn in range(turns + 1):
-        seconds = {program.name: program.seconds(steps) for program in programs}
+        first = turn % len(programs)  # each is the first in turn, for what came before may leave the machine warm
+        measured = {program.name: program.seconds(steps) for program in (*programs[first:], *programs[:first])}
+        seconds = {program.name: measured[program.name] for program in programs}
         console.print(f"{f'turn {turn} of {turns}' if turn else 'warming up'}: {_said(seconds)}")
         if turn:
             taken.append(seconds)
@@ -246,11 +250,15 @@ def origin() -> dict:
     return {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} CPU cores", "versions": versions}
 
 
+def _cache_in(folder: str) -> dict[str, str]:
+    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 def _whole_process(module: str, recipe: str, compiled: str | None) -> float:
     """Return how long a trainer takes from start to end; ours keeps its programs in `compiled`, the lesson has none."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--out", str(Path(folder) / "run")] if compiled else []
-        environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": compiled} if compiled else {})
+        environment = os.environ | (_cache_in(compiled) if compiled else {})
         start = time.perf_counter()
         ended = subprocess.run(
             [sys.executable, "-m", module, "--recipe", recipe, *options],
@@ -265,7 +273,7 @@ def _whole_process(module: str, recipe: str, compiled: str | None) -> float:
 
 
 def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
-    """Raise UserError for flags that cannot be, before anything starts; fill in the baselines if none are named."""
+    """Raise UserError for flags that cannot be, before anything starts."""
     for name in ("pairs", "steps"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)} must be 1 or more")
@@ -277,16 +285,33 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
         for package, extra in _needs(name):
             require(package, extra=extra)
     if flags.process:
+        if flags.steps is not None or flags.against:
+            raise UserError("--process times the whole of ours and of the lesson's; leave out --steps and --against")
         require("torch", extra="torch")
+    if (flags.process or "lesson" in (flags.against or ())) and not _is_a_lesson(recipe):
+        raise UserError(
+            f"{recipe.name} reads {recipe.data.name} and minimises {recipe.loss.name}, {recipe.loss.reduction}; the "
+            "lesson's program reads fashion_mnist and mnist and minimises the mean cross_entropy; try mlp128"
+        )
     for name in ("json", "chart"):
         if getattr(flags, name):
             check_target(getattr(flags, name), flag=f"--{name}")
+    if flags.keep:
+        check_target(RESULTS, flag="--keep")
     if flags.chart:
         require("matplotlib", extra="plot")
+
+
+def default_baselines(recipe: Recipe) -> list[str]:
+    """Return the programs that are installed here and train this recipe."""
     installed = [name for name in BASELINES if all(importlib.util.find_spec(package) for package, _ in _needs(name))]
-    flags.against = flags.against or [
-        name for name in installed if recipe.model.name == "cnn" or name != "channels_last"
-    ]
+    left_out = set() if recipe.model.name == "cnn" else {"channels_last"}
+    left_out |= set() if _is_a_lesson(recipe) else {"lesson"}
+    return [name for name in installed if name not in left_out]
+
+
+def _is_a_lesson(recipe: Recipe) -> bool:
+    return recipe.data.name in IDX_SETS and (recipe.loss.name, recipe.loss.reduction) == ("cross_entropy", "mean")
 
 
 def _needs(name: str) -> Iterable[tuple[str, str]]:

@@ -20,10 +20,7 @@ def keep_compiled_programs() -> None:
     XLA checks badly whether a program fits the processor it is loaded on, so each kind of processor has a folder of
     its own. Where the cache cannot be written, and with JAX_ENABLE_COMPILATION_CACHE=false, nothing is kept.
     """
-    if not jax.config.jax_enable_compilation_cache:
-        return
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     folder = cache.root() / FOLDER / _machine()
     try:
@@ -32,6 +29,7 @@ def keep_compiled_programs() -> None:
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _machine() -> str:

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 TORCH_BATCHNORM_MOMENTUM = 0.1
 BATCHNORM_EPSILON = 1e-5
+PLAIN_OPTIONS = ("lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
 
 ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh}
 
@@ -186,6 +188,7 @@ def conv_general_dilated(
         return _conv_with_matmul_gradient(x, kernel)
 
     plain = tuple(strides) == (1, 1) and x.ndim == 4 and list(padding) == _same_padding(kernel)
+    plain &= all(set(np.ravel(options.get(name) or 1)) == {1} for name in PLAIN_OPTIONS)
     return lax.platform_dependent(x, kernel, cpu=cpu, default=stock) if plain else stock(x, kernel)
 
 

@@ -7,6 +7,7 @@ has a leading axis of runs. Each run writes a run directory of its own, as if it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from jax_impl.convert import to_canonical
 from jax_impl.optim import is_used, numbers_of
-from jax_impl.programs import compile_programs
+from jax_impl.programs import check_fits, compile_programs
 from jax_impl.trainer import IMPLEMENTATION, put, span_of, wait
 from spec import params, run_directory, sweep
 from spec.batches import count, epoch_order
@@ -63,8 +64,12 @@ class ManyTrainer:
                 self._state, self.train_split, order, span_of(epoch, 0, stop), self._seeds
             )
             wait(metrics)
-            for run, (losses, num_correct) in enumerate(zip(*map(np.asarray, metrics), strict=True)):
-                yield run, StepsDone(epoch=epoch, start=0, stop=stop, losses=losses, num_correct=num_correct)
+            every = self.recipes[0].metrics.progress_every
+            for run, (losses, correct) in enumerate(zip(*map(np.asarray, metrics), strict=True)):
+                for first in range(0, stop, every):
+                    steps = slice(first, min(first + every, stop))
+                    figures = {"losses": losses[steps], "num_correct": correct[steps]}
+                    yield run, StepsDone(epoch=epoch, start=steps.start, stop=steps.stop, **figures)
             tests = self._tested()
             seconds = time.perf_counter() - start
             for run, (losses, correct) in enumerate(tests):
@@ -96,12 +101,19 @@ def run(flags: ManyFlags) -> dict:
 
     Raises UserError when every run diverged, and for what `spec.program.run` refuses.
     """
-    seeds = 1 if flags.seeds is None else flags.seeds
-    settings = sweep.settings(flags.config, flags.sweep)
-    runs = [(setting, recipe) for setting in settings for recipe in sweep.with_seeds(setting, seeds)]
-    _check(flags, len(runs))
+    settings, seeds = sweep.plan(flags)
+    runs = [
+        (setting, dataclasses.replace(setting.recipe, seed=seed))
+        for setting, seed in itertools.product(settings, seeds)
+    ]
+    _check(flags)
     device = IMPLEMENTATION.select_device(flags.platform)
-    dataset = IMPLEMENTATION.load(flags.config.data, data_dir=flags.data_dir, data_source=flags.data_source)
+    datasets = {
+        data: IMPLEMENTATION.load(data, data_dir=flags.data_dir, data_source=flags.data_source)
+        for data in dict.fromkeys(setting.recipe.data for setting in settings)
+    }
+    for setting in settings:
+        check_fits(setting.recipe, size_of(datasets[setting.recipe.data]))
     made_by = origin(IMPLEMENTATION, device)
     display = Display(quiet=flags.quiet)
     place = flags.out or run_directory.claim(f"{flags.config.name}-{'sweep' if flags.sweep else 'seeds'}")
@@ -110,27 +122,28 @@ def run(flags: ManyFlags) -> dict:
     for index, (_, recipe) in enumerate(runs):
         groups.setdefault(program_key(recipe), []).append(index)
     display.line(f"{len(runs)} runs in {len(groups)} programs on {made_by['devices'][0]}")
+    folder_names = _folder_names(runs)
     start, summaries = time.perf_counter(), {}
     for number, members in enumerate(groups.values(), start=1):
         recipes = [runs[index][1] for index in members]
         if len(groups) > 1:
-            display.line(f"program {number} of {len(groups)}: {_folder(*runs[members[0]])} and {len(members) - 1} more")
-        with IMPLEMENTATION.memory_explained(), display.waiting("compiling ..."):
-            trainer = ManyTrainer(recipes, dataset, device)
-        folders = [place / _folder(*runs[index]) for index in members]
-        done = _train(trainer, [config(recipe, flags, made_by) for recipe in recipes], folders, display)
-        summaries |= dict(zip(members, [summary and summary | made_by for summary in done], strict=True))
-    report = _report(flags, settings, [summaries[index] for index in range(len(runs))]) | made_by
+            display.line(f"program {number} of {len(groups)}: {folder_names[members[0]]} and {len(members) - 1} more")
+        folders = [place / folder_names[index] for index in members]
+        with IMPLEMENTATION.memory_explained():
+            with display.waiting("compiling ..."):
+                trainer = ManyTrainer(recipes, datasets[recipes[0].data], device)
+            configs = [config(recipe, flags, made_by) for recipe in recipes]
+            done = _train(trainer, configs, folders, made_by, display)
+        summaries |= dict(zip(members, done, strict=True))
+    report = _report(flags, settings, seeds, [summaries[index] for index in range(len(runs))]) | made_by
     report["seconds"] = time.perf_counter() - start
     _write(report, place, chart=bool(flags.sweep))
     _show(report, place, display)
     return report
 
 
-def _check(flags: ManyFlags, num_runs: int) -> None:
+def _check(flags: ManyFlags) -> None:
     """Raise UserError for what cannot be done, before anything is trained."""
-    if num_runs > sweep.MOST_RUNS:
-        raise UserError(f"{num_runs:,} runs are asked for, and {sweep.MOST_RUNS:,} are the most; sweep fewer values")
     if flags.overwrite:
         raise UserError("--overwrite replaces one run, and these are many; name a new directory with --out")
     if flags.out:
@@ -140,7 +153,7 @@ def _check(flags: ManyFlags, num_runs: int) -> None:
 
 
 def _train(
-    trainer: ManyTrainer, configs: Sequence[Mapping], folders: Sequence[Path], display: Display
+    trainer: ManyTrainer, configs: Sequence[Mapping], folders: Sequence[Path], made_by: Mapping, display: Display
 ) -> list[dict | None]:
     """Train runs that share a program, each into its folder; return their summaries, None for those that diverged."""
     recorders = []
@@ -161,19 +174,25 @@ def _train(
             if run == len(recorders) - 1 and isinstance(event, EpochDone):
                 display.line(_epoch_line(event, trainer.counts.epochs, [recorders[run].epochs[-1] for run in going]))
     seconds = time.perf_counter() - start
+    states = {run: trainer.state(run) for run in sorted(going)}
+    for run in sorted(going):
+        try:
+            refuse_nonfinite(states[run], trainer.recipes[run])
+        except DivergedError as error:
+            going.discard(run)
+            display.line(f"{folders[run].name} is out: {error}")
     return [
-        _finish(trainer, run, recorder, seconds) if run in going else None for run, recorder in enumerate(recorders)
+        _finish(recorder, states[run], seconds, trainer.compile_seconds, made_by) if run in going else None
+        for run, recorder in enumerate(recorders)
     ]
 
 
-def _finish(trainer: ManyTrainer, run: int, recorder: Recorder, seconds: float) -> dict | None:
-    """Write the weights and the summary of a run that came to its end; return the summary."""
-    state = trainer.state(run)
-    try:
-        refuse_nonfinite(state, recorder.recipe)
-    except DivergedError:
-        return None
-    summary = summarize(recorder.recipe, recorder.epochs, seconds, trainer.compile_seconds)
+def _finish(recorder: Recorder, state: Mapping, seconds: float, compile_seconds: float, made_by: Mapping) -> dict:
+    """Write the weights and the summary of a run that came to its end; return the summary.
+
+    The seconds are those of all the runs that were trained with it.
+    """
+    summary = summarize(recorder.recipe, recorder.epochs, seconds, compile_seconds) | made_by
     recorder.directory.write_weights(state)
     recorder.directory.write_json("summary.json", summary)
     return summary
@@ -185,23 +204,18 @@ def _epoch_line(event: EpochDone, epochs: int, figures: Sequence[Mapping]) -> st
     return f"epoch {event.epoch}/{epochs} done in {event.seconds:.2f} s  {len(figures)} runs, {reached}"
 
 
-def _report(flags: ManyFlags, settings: Sequence[Setting], summaries: Sequence[Mapping | None]) -> dict:
+def _report(
+    flags: ManyFlags, settings: Sequence[Setting], seeds: Sequence[int], summaries: Sequence[Mapping | None]
+) -> dict:
     """Return the summary of all: each setting with its runs' accuracies. Raises UserError when none is left."""
     if not any(summaries):
         raise UserError("every run diverged; lower the learning rate, or scale the inputs down")
-    seeds = flags.seeds or 1
     rows = []
     for index, setting in enumerate(settings):
-        done = summaries[index * seeds : (index + 1) * seeds]
+        done = summaries[index * len(seeds) : (index + 1) * len(seeds)]
         rows.append(sweep.summary_row(setting.values, [summary and _accuracy(summary) for summary in done]))
     split = "train" if next(filter(None, summaries))["test_accuracy"] is None else "test"
-    first = flags.config.seed
-    return {
-        "recipe": flags.config.name,
-        "seeds": [*range(first, first + seeds)],
-        "accuracy_of": split,
-        "settings": rows,
-    }
+    return {"recipe": flags.config.name, "seeds": list(seeds), "accuracy_of": split, "settings": rows}
 
 
 def _accuracy(summary: Mapping) -> float:
@@ -226,5 +240,10 @@ def _show(report: Mapping, place: Path, display: Display) -> None:
     display.result(f"{report['recipe']}: {sweep.sentence(report, best)}, {report['seconds']:.1f} s; {place}")
 
 
-def _folder(setting: Setting, recipe: Recipe) -> str:
-    return "_".join(part for part in (setting.name, f"seed-{recipe.seed}") if part)
+def _folder_names(runs: Sequence[tuple[Setting, Recipe]]) -> list[str]:
+    """Return a name for each run's folder, numbered where two would be the same."""
+    names: list[str] = []
+    for setting, recipe in runs:
+        name = "_".join(part for part in (setting.name, f"seed-{recipe.seed}") if part)
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    return names

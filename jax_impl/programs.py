@@ -70,6 +70,12 @@ def compile_programs(
     return Programs(state, compiled, evaluate, time.perf_counter() - start)
 
 
+def check_fits(recipe: Recipe, size: Size) -> None:
+    """Raise RecipeError when the recipe cannot be trained on data of that size."""
+    count(recipe, size.num_train)
+    params.leaves(recipe.model, size.input_shape, params.num_outputs(recipe, size.num_classes))
+
+
 @contextlib.contextmanager
 def precision_scope(precision: str) -> Iterator[None]:
     """Run the body with 64-bit types for float64, and with full-width products unless bfloat16 was asked for (S12)."""

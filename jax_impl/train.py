@@ -6,19 +6,21 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spec import command_line
+from spec import command_line, sweep
 from spec.errors import run_program
 from spec.sweep import ManyFlags
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; JAX is imported only once the flags are known to be right."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     flags = command_line.parse(
-        sys.argv[1:] if arguments is None else arguments,
+        arguments,
         program="python -m jax_impl.train",
         description="Train a recipe's network with JAX, Flax and optax.",
         kind=ManyFlags,
     )
+    sweep.check_given(arguments, flags)
     if flags.list:
         command_line.print_recipes()
     elif flags.print_config:

@@ -117,10 +117,12 @@ class Trainer:
 def prepare(recipe: Recipe, device: jax.Device) -> Callable[[Dataset], Trainer]:
     """Return what makes a trainer of a data set. Where its size is known, compilation starts now, in the background."""
     size = known_size(recipe.data)
-    compiling = in_background(compile_programs, recipe, size, device) if size else None
+    compiling = [in_background(compile_programs, recipe, size, device)] if size else []
 
     def trainer(dataset: Dataset) -> Trainer:
-        return Trainer(recipe, dataset, device, programs=compiling.result() if compiling else None)
+        # The programs' state is donated by the first trainer: a second one gets its own.
+        programs = compiling.pop().result() if compiling and size_of(dataset) == size else None
+        return Trainer(recipe, dataset, device, programs=programs)
 
     return trainer
 
@@ -146,7 +148,8 @@ def memory_explained() -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"the device has too little memory: {str(error).splitlines()[0]}; use a smaller --batch-size or network"
+            f"the device has too little memory: {str(error).splitlines()[0]}; use a smaller "
+            "--batch-size or network, or fewer --seeds"
         ) from None
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from spec import recipe as recipes
 from spec.command_line import Flags
-from spec.errors import RecipeError, did_you_mean
+from spec.errors import RecipeError, UserError, did_you_mean
 from spec.markdown import markdown_table
 from spec.recipe import Recipe
 
 MOST_RUNS = 1_000
-MOST_SEEDS = 2**32
+LONGEST_NAME = 150  # letters of a folder; a file system takes 255
+NUM_SEEDS = 2**32
 FIXED = ("name", "description", "seed", "metrics", "expected")  # of a recipe; --seeds is how seeds are asked for
 # What a kind that the recipe does not name needs besides: torch's defaults, and the lesson's StepLR.
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -53,8 +56,9 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Return a name for files: `learning_rate-0.1_batch_size-32`."""
-        return "_".join(f"{key}-{_said(value)}" for key, value in self.values.items()).replace(" ", "")
+        """Return a name for files: `learning_rate-0.1_batch_size-32`, letters that a path may not have replaced."""
+        said = "_".join(f"{field}-{_said(value)}" for field, value in self.values.items())
+        return re.sub(r"[^A-Za-z0-9.,_-]+", "-", said)[:LONGEST_NAME]
 
 
 def settings(recipe: Recipe, sweep: Sequence[str]) -> list[Setting]:
@@ -65,22 +69,40 @@ def settings(recipe: Recipe, sweep: Sequence[str]) -> list[Setting]:
     value that another one makes useless (momentum with adam) is left out, and so is a point that is there already.
     Raises RecipeError naming the field or the value that cannot be.
     """
-    axes = dict(_axis(argument) for argument in sweep)
-    if len(axes) < len(sweep):
-        raise RecipeError(f"--sweep {' '.join(sweep)}: a field is there twice; give its values in one list")
+    axes = _axes(sweep)
     found: dict[Recipe, Setting] = {}
     for values in itertools.product(*axes.values()):
         setting = _setting(recipe, dict(zip(axes, values, strict=True)))
         found.setdefault(setting.recipe, setting)
+    for field in axes:
+        if not any(field in setting.values for setting in found.values()):
+            raise RecipeError(f"--sweep {field}: nothing in this recipe, nor in what is swept with it, uses that field")
     return list(found.values())
 
 
-def with_seeds(setting: Setting, seeds: int) -> list[Recipe]:
-    """Return the setting's recipe with `seeds` seeds, from its own on. Raises RecipeError past the last there is."""
-    first = setting.recipe.seed
-    if seeds < 1 or first + seeds > MOST_SEEDS:
-        raise RecipeError(f"--seeds {seeds} must be 1 or more, and seed {first} + {seeds} at most {MOST_SEEDS:,}")
-    return [dataclasses.replace(setting.recipe, seed=seed) for seed in range(first, first + seeds)]
+def check_given(arguments: Sequence[str], flags: ManyFlags) -> None:
+    """Raise UserError when `--sweep` is there twice or with nothing, or asks for what cannot be."""
+    given = sum(argument == "--sweep" or argument.startswith("--sweep=") for argument in arguments)
+    if given > 1:
+        raise UserError(
+            "--sweep is there twice; give every field after one: --sweep learning_rate=0.1,0.01 batch_size=32,64"
+        )
+    if given and not flags.sweep:
+        raise UserError("--sweep names no field; learning_rate=0.1,0.01, say")
+    plan(flags)
+
+
+def plan(flags: ManyFlags) -> tuple[list[Setting], range]:
+    """Return the settings and the seeds that the flags ask for. Raises UserError when there are too many, or none."""
+    first, number = flags.config.seed, 1 if flags.seeds is None else flags.seeds
+    if number < 1:
+        raise UserError(f"--seeds {number} must be 1 or more")
+    if first + number > NUM_SEEDS:
+        raise UserError(f"--seeds {number} from --seed {first} on goes past the last, {NUM_SEEDS - 1:,}; start lower")
+    runs = number * math.prod(len(values) for values in _axes(flags.sweep).values())
+    if runs > MOST_RUNS:
+        raise UserError(f"{runs:,} runs are asked for, and {MOST_RUNS:,} are the most; sweep fewer values or seeds")
+    return settings(flags.config, flags.sweep), range(first, first + number)
 
 
 def summary_row(values: Mapping[str, Any], accuracies: Sequence[float | None]) -> dict[str, Any]:
@@ -151,14 +173,37 @@ def chart(report: Mapping, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _axis(argument: str) -> tuple[str, list[Any]]:
-    field, equals, text = argument.partition("=")
-    if not equals or not text or not field:
-        raise RecipeError(f"--sweep {argument}: must be FIELD=VALUE,VALUE,...; learning_rate=0.1,0.01, say")
+def _axes(sweep: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the values of each field, by the name the user gave it."""
+    axes, seen = {}, {}
+    for argument in sweep:
+        field, _, text = argument.partition("=")
+        path = _path(field)
+        if path in seen:
+            raise RecipeError(
+                f"--sweep {field}: that is {seen[path]}, which is there already; give its values in one list"
+            )
+        axes[field], seen[path] = _values(argument, text), field
+    return axes
+
+
+def _values(argument: str, text: str) -> list[Any]:
     try:
-        return field, json.loads(f"[{text}]")
-    except ValueError:
-        return field, text.split(",")
+        return json.loads(f"[{text}]") if text else _refuse_values(argument)
+    except (ValueError, RecursionError):
+        return [_value(part) if part.strip() else _refuse_values(argument) for part in text.split(",")]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _refuse_values(argument: str) -> NoReturn:
+    shown = argument if len(argument) <= 60 else argument[:57] + "..."
+    raise RecipeError(f"--sweep {shown}: must be FIELD=VALUE,VALUE,..., none empty; learning_rate=0.1,0.01, say")
 
 
 def _setting(recipe: Recipe, values: Mapping[str, Any]) -> Setting:
@@ -179,7 +224,8 @@ def _setting(recipe: Recipe, values: Mapping[str, Any]) -> Setting:
 def _change_kind(mapping: dict[str, Any], section: str, kind: str) -> None:
     """Give the section of the recipe what that kind needs, and take from it what it does not."""
     fields, uses = mapping[section], recipes.USES.get(section, {})
-    if kind not in uses:
+    if not isinstance(kind, str) or kind not in uses:
+        fields["name"] = kind  # the recipe's own rules refuse it
         return
     for field in set(fields) & set().union(*uses.values()) - uses[kind]:
         del fields[field]

@@ -9,6 +9,7 @@ import statistics
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jax_impl import optim
 from jax_impl.many import ManyTrainer, program_key
@@ -125,6 +126,12 @@ def test_a_field_can_be_named_by_its_path_and_hold_lists_and_a_schedule_brings_t
         ("learning_rat=0.1", "did you mean 'learning_rate'?"),
         ("learning_rate", "must be FIELD=VALUE,VALUE"),
         ("learning_rate=", "must be FIELD=VALUE,VALUE"),
+        ("learning_rate=0.1,", "none empty"),
+        ("learning_rate=0.1,x", "optimizer.learning_rate 'x'"),
+        ("learning_rate=" + "[" * 20_000, "optimizer.learning_rate"),
+        ('optimizer=["sgd"]', "optimizer.name"),
+        ("betas=[0.9,0.99]", "uses that field"),
+        ("data.path=a,b", "uses that field"),
         ("learning_rate=-1", "optimizer.learning_rate -1: must be greater than 0"),
         ("batch_size=0.5", "batch_size 0.5"),
         ("optimizer=sdg", "optimizer.name 'sdg'"),
@@ -140,9 +147,29 @@ def test_a_sweep_that_cannot_be_is_refused_naming_the_field_and_the_value(asked,
     assert said in str(refused.value)
 
 
-def test_a_field_given_twice_is_refused():
-    with pytest.raises(RecipeError, match="twice"):
-        sweep.settings(MLP128, ["batch_size=1,2", "batch_size=3"])
+@pytest.mark.parametrize(
+    ("first", "again"), [("batch_size", "batch_size"), ("learning_rate", "optimizer.learning_rate")]
+)
+def test_a_field_given_twice_is_refused_by_whatever_name(first, again):
+    with pytest.raises(RecipeError, match="there already"):
+        sweep.settings(MLP128, [f"{first}=1,2", f"{again}=3"])
+
+
+def test_a_sweep_over_data_trains_each_setting_on_its_own(trainer_command, tmp_path):
+    flags = ["--recipe", "digits", "--epochs", 1, "--sweep", "data=digits,breast_cancer", "--out", tmp_path / "out"]
+    ended = trainer_command(*flags)
+    assert ended.status == 0, ended.err
+    for name, features in (("digits", 64), ("breast_cancer", 30)):
+        weights = load_file(tmp_path / "out" / f"data-{name}_seed-0" / "weights.safetensors")
+        assert weights["linear1.weight"].shape[1] == features
+
+
+def test_a_point_of_the_grid_that_does_not_fit_the_data_is_found_before_anything_is_trained(trainer_command, tmp_path):
+    flags = ["--recipe", "digits", "--sweep", "batch_size=32,1600", "--out", tmp_path / "out"]
+    ended = trainer_command(*flags)
+    assert ended.status == 2
+    assert "batch_size 1600 is larger than the training split" in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_writes_each_run_as_if_alone_and_mean_and_deviation_of_all(trainer_command, tmp_path):
@@ -160,6 +187,14 @@ def test_the_command_writes_each_run_as_if_alone_and_mean_and_deviation_of_all(t
     accuracies = [
         json.loads((many_out / f"seed-{seed}" / "summary.json").read_text())["test_accuracy"] for seed in (4, 5, 6)
     ]
+    kept, single = (json.loads((path / "summary.json").read_text()) for path in (own, one_out))
+    times = {"seconds": 0, "compile_seconds": 0}
+    assert kept | times == single | times
+    mine, theirs = (
+        [json.loads(line) | times for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (own, one_out)
+    )
+    assert mine == theirs
     assert accuracies[1] == json.loads((one_out / "summary.json").read_text())["test_accuracy"]
     (row,) = json.loads((many_out / "summary.json").read_text())["settings"]
     assert row["accuracies"] == accuracies
@@ -175,7 +210,6 @@ def test_the_command_writes_each_run_as_if_alone_and_mean_and_deviation_of_all(t
 
 
 def test_a_run_that_diverges_leaves_the_others_alone_and_is_shown(trainer_command, tmp_path):
-    # A batch loss of a softmax stays finite for long; 3e38 in the inputs' place does not.
     flags = [
         "--recipe",
         "digits",
@@ -202,8 +236,11 @@ def test_a_run_that_diverges_leaves_the_others_alone_and_is_shown(trainer_comman
     ("flags", "said"),
     [
         (["--seeds", 0], "--seeds 0 must be 1 or more"),
-        (["--seeds", 2, "--seed", 2**32 - 1], "at most 4,294,967,296"),
-        (["--seeds", 1001], "1,001 runs are asked for"),
+        (["--seeds", 2, "--seed", 2**32 - 1], "--seeds 2 from --seed 4294967295 on goes past the last"),
+        (["--seeds", 300_000_000], "300,000,000 runs are asked for"),
+        (["--sweep", "learning_rate=0.1", "--sweep", "batch_size=2"], "--sweep is there twice"),
+        (["--sweep"], "--sweep names no field"),
+        (["--list", "--sweep", "batch_sice=2"], "did you mean 'batch_size'?"),
         (["--seeds", 2, "--overwrite"], "--overwrite replaces one run"),
         (["--sweep", "learning_rate=x"], "optimizer.learning_rate 'x'"),
     ],
@@ -223,7 +260,9 @@ def test_every_run_diverging_is_an_error(trainer_command, tmp_path):
 
 
 def test_torchs_trainer_says_that_it_has_no_seeds(trainer_command):
-    assert trainer_command("--seeds", 2, framework="torch").status == 2
+    ended = trainer_command("--seeds", 2, framework="torch")
+    assert ended.status == 2
+    assert "--seeds" in ended.err + ended.out
 
 
 def test_numbers_that_are_zero_stay_out_of_the_state():

@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jax_impl import models
 from jax_impl.background import in_background
+from jax_impl.layers import conv_general_dilated
 from jax_impl.programs import compile_programs
-from jax_impl.trainer import Trainer
+from jax_impl.trainer import Trainer, prepare
+from spec import datasets
 from spec import recipe as recipes
 from spec.datasets.sizes import size_of
 from spec_tests.conftest import made_up_images
@@ -126,3 +130,23 @@ def test_what_fails_in_the_background_is_raised_where_it_is_asked_for():
 def test_the_training_split_is_one_byte_a_pixel_on_the_device():
     trainer = Trainer(SMALL_CNN, made_up_images(15, 3), CPU)
     assert trainer.train_split.inputs.nbytes == 15 * 28 * 28
+
+
+def test_a_second_trainer_of_what_was_prepared_has_a_state_of_its_own():
+    digits = recipes.load("digits")
+    trainer_of, dataset = prepare(digits, CPU), datasets.load(digits.data)
+    first, second = trainer_of(dataset), trainer_of(dataset)
+    first.train(3)
+    second.train(3)
+    for name, array in first.state().items():
+        assert np.array_equal(second.state()[name], array), name
+
+
+def test_a_convolution_with_holes_or_groups_is_left_to_xla():
+    options = {"padding": 1, "kernel_dilation": 2, "feature_group_count": 2}
+    ours, stock = (
+        nnx.Conv(2, 2, (3, 3), **options, rngs=nnx.Rngs(0), conv_general_dilated=convolve)
+        for convolve in (conv_general_dilated, jax.lax.conv_general_dilated)
+    )
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 6, 2)), jnp.float32)
+    assert np.array_equal(ours(x), stock(x))

@@ -39,7 +39,8 @@ class InMemory:
         if name == "channels_last":
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.network, self.optimizer = self._start(recipe)
-        self.coming = self._batches()
+        # The first turn, which does not count, ends an epoch: a short batch compiles then and not later.
+        self.coming = itertools.islice(self._batches(), max(self.counts.steps_per_epoch - 2, 0), None)
 
     def first_losses(self, steps: int) -> list[float]:
         """Return the losses of the first steps, without dropout."""
