@@ -37,6 +37,7 @@ JAX_LAYERS = "jax_impl/layers.py"
 JAX_MODELS = "jax_impl/models.py"
 JAX_OBJECTIVE = "jax_impl/objective.py"
 JAX_OPTIM = "jax_impl/optim.py"
+JAX_MANY = "jax_impl/many.py"
 JAX_PROGRAMS = "jax_impl/programs.py"
 JAX_STEP = "jax_impl/step.py"
 JAX_TRAINER = "jax_impl/trainer.py"
@@ -53,6 +54,7 @@ ORDER_TESTS = "spec_tests/test_s02_order.py"
 GRADIENT_TESTS = "spec_tests/test_s05_gradients.py"
 MODEL_TESTS = "spec_tests/test_s03_models.py"
 LOSS_TESTS = "spec_tests/test_s04_loss.py"
+MANY_TESTS = "spec_tests/test_many.py"
 OPTIMIZER_TESTS = "spec_tests/test_s06_optimizer.py"
 NORM_TESTS = "spec_tests/test_s07_batchnorm_dropout.py"
 EPOCH_TESTS = "spec_tests/test_s09_epoch.py"
@@ -1747,6 +1749,36 @@ S9 = (
         new="        start, metrics = 0, []\n        self.optimizer.state.clear()\n",
         tests=(OPTIMIZER_TESTS,),
         only="a_trainer_carries and torch",
+    ),
+    Mutant(
+        name="jax-many-runs-start-alike",
+        clause="S9",
+        says="runs trained together start from the first one's state and numbers",
+        path=JAX_PROGRAMS,
+        old="_initial_state(run, leaves, optimizer, device)",
+        new="_initial_state(recipe, leaves, optimizer, device)",
+        tests=(MANY_TESTS,),
+        only="one_program",
+    ),
+    Mutant(
+        name="jax-many-runs-share-an-order",
+        clause="S9",
+        says="runs trained together take the examples in the first one's order",
+        path=JAX_MANY,
+        old="for seed in self._seeds]",
+        new="for seed in self._seeds[:1].repeat(len(self._seeds))]",
+        tests=(MANY_TESTS,),
+        only="trained_together",
+    ),
+    Mutant(
+        name="jax-many-runs-share-their-masks",
+        clause="S9",
+        says="runs trained together drop the same units",
+        path=JAX_MANY,
+        old="span_of(epoch, 0, stop), self._seeds",
+        new="span_of(epoch, 0, stop), np.zeros_like(self._seeds)",
+        tests=(MANY_TESTS,),
+        only="trained_together",
     ),
     Mutant(
         name="jax-momentum-kept-across-runs",
