@@ -23,7 +23,7 @@ from spec_tests.lockstep import results as lockstep
 from spec_tests.mutants import __main__ as mutants
 from spec_tests.mutants.catalogue import MUTANTS
 from spec_tests.specification import statements
-from spec_tests.tolerances import CEILING_FLOAT32, CNN_FEW_STEPS
+from spec_tests.tolerances import CEILING_FLOAT32
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -169,9 +169,14 @@ MODELS = {name: recipe.load(name).model for name in RECIPES}
 DECIDING = [name for name, model in MODELS.items() if model.name == "cnn" or "relu" in model.activations]
 
 
-def test_every_kept_full_run_is_in_step():
+def test_every_kept_full_run_is_in_step_but_the_one_that_the_readme_names():
     reports = lockstep.load_results(ROOT)
-    assert {key: report["broken"] for key, report in reports.items() if report["broken"]} == {}
+    broken = {key: report["broken"] for key, report in reports.items() if report["broken"]}
+    assert list(broken) == ["cnn, float32"]
+    (line,) = broken["cnn, float32"]
+    assert line.startswith("a forced step's")
+    forced = reports["cnn, float32"]["epochs"][-1]["forced"]
+    assert f"{forced['steps']:,} steps a few leaves are {forced['worst_ratio']:.1f} times at most" in README
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -181,8 +186,7 @@ def test_every_recipe_has_a_kept_whole_run_in_float64_and_forced_steps_in_float3
     assert double["max_steps"] is double["max_epochs"] is None
     assert double["held"] or recipe.load(name).optimizer.name == "adam"  # whose twin may part at once
     assert single["epochs"][-1]["forced"]["steps"] == single["epochs"][-1]["steps"]
-    steps = CNN_FEW_STEPS if name == "cnn" else double["epochs"][-1]["steps"]  # a whole run of the CNN is 90 minutes
-    assert single["epochs"][-1]["steps"] == steps
+    assert single["epochs"][-1]["steps"] == double["epochs"][-1]["steps"]
 
 
 @pytest.mark.parametrize("name", DECIDING)
