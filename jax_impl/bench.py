@@ -70,7 +70,6 @@ def main() -> None:
     if flags.chart:
         chart(report, flags.chart)
     if flags.keep:
-        RESULTS.parent.mkdir(exist_ok=True)
         _write(RESULTS, dict(sorted((load_results() | {key(report): report}).items())))
 
 
@@ -298,6 +297,8 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
         if getattr(flags, name):
             check_target(getattr(flags, name), flag=f"--{name}")
     if flags.keep:
+        with contextlib.suppress(OSError):
+            RESULTS.parent.mkdir(exist_ok=True)
         check_target(RESULTS, flag="--keep")
     if flags.chart:
         require("matplotlib", extra="plot")

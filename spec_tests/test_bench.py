@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -130,10 +131,20 @@ def few_images(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
 
 
-@pytest.mark.parametrize("name", ["eager", "channels_last", "stock", "keras"])
-@pytest.mark.parametrize("of", ["mlp128", "cnn"])
-def test_every_program_gives_our_first_losses_and_trains_over_an_epochs_end(name, of, few_images):
-    expected = program("ours", small(of)).first_losses(4)
+SLOW = [pytest.param("cnn", name, marks=pytest.mark.slow(minutes=1)) for name in ("eager", "stock", "keras")]
+
+
+@functools.cache
+def our_losses(of: str) -> tuple[float, ...]:
+    return tuple(program("ours", small(of)).first_losses(4))
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [*(("mlp128", name) for name in ("eager", "channels_last", "stock", "keras")), ("cnn", "channels_last"), *SLOW],
+)
+def test_every_program_gives_our_first_losses_and_trains_over_an_epochs_end(of, name, few_images):
+    expected = our_losses(of)
     baseline = program(name, small(of))
     assert baseline.first_losses(4) == pytest.approx(expected, rel=bench.LOSS_TOLERANCE)
     assert len(set(expected)) == 4

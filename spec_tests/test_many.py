@@ -28,7 +28,7 @@ SMALL_MLP = dataclasses.replace(
     MLP128, model=dataclasses.replace(MLP128.model, hidden_sizes=(6,)), batch_size=5, epochs=2, last_batch="keep"
 )
 SMALL_CNN = dataclasses.replace(
-    CNN, model=dataclasses.replace(CNN.model, channels=(3, 4), hidden_sizes=(6,)), batch_size=5, epochs=2
+    CNN, model=dataclasses.replace(CNN.model, channels=(3,), hidden_sizes=(4,)), batch_size=5, epochs=2
 )
 PIXELS = 28 * 28
 SGD = dataclasses.replace(MLP128.optimizer, weight_decay=0.01, dampening=0.2)
@@ -45,7 +45,7 @@ def test_seeds_trained_together_are_the_runs_they_would_be_alone(small):
     # Orders, initial states and dropout are each seed's own; a short last batch is a step of each.
     small = dataclasses.replace(small, precision="float64")
     dataset = made_up_images(13, 3)
-    runs = [dataclasses.replace(small, seed=seed) for seed in (0, 1, 7)]
+    runs = [dataclasses.replace(small, seed=seed) for seed in (0, 7)]
     together = ManyTrainer(runs, dataset, CPU)
     events = list(together.events())
     for run, recipe in enumerate(runs):

@@ -30,6 +30,10 @@ CNN = recipes.load("cnn")
 SMALL_CNN = dataclasses.replace(
     CNN, model=dataclasses.replace(CNN.model, channels=(5, 7), hidden_sizes=(4,)), batch_size=6, epochs=2
 )
+MLP128 = recipes.load("mlp128")
+SMALL_MLP = dataclasses.replace(
+    MLP128, model=dataclasses.replace(MLP128.model, hidden_sizes=(4,)), batch_size=6, epochs=2
+)
 # Counts what XLA compiles, then runs the trainer with the arguments.
 COUNTING = """
 import os, sys
@@ -113,8 +117,8 @@ def test_the_compiled_cpu_epoch_convolves_only_in_the_layout_that_xla_has_kernel
 
 def test_programs_are_made_without_the_data_and_give_what_a_trainer_alone_gives():
     dataset = made_up_images(15, 3)
-    before = compile_programs(SMALL_CNN, size_of(dataset), CPU)
-    given, own = Trainer(SMALL_CNN, dataset, CPU, programs=before), Trainer(SMALL_CNN, dataset, CPU)
+    before = compile_programs(SMALL_MLP, size_of(dataset), CPU)
+    given, own = Trainer(SMALL_MLP, dataset, CPU, programs=before), Trainer(SMALL_MLP, dataset, CPU)
     for _ in zip(given.events(), own.events(), strict=True):
         pass
     for name, array in own.state().items():
@@ -128,7 +132,7 @@ def test_what_fails_in_the_background_is_raised_where_it_is_asked_for():
 
 
 def test_the_training_split_is_one_byte_a_pixel_on_the_device():
-    trainer = Trainer(SMALL_CNN, made_up_images(15, 3), CPU)
+    trainer = Trainer(SMALL_MLP, made_up_images(15, 3), CPU)
     assert trainer.train_split.inputs.nbytes == 15 * 28 * 28
 
 

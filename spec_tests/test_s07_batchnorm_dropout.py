@@ -101,7 +101,7 @@ def pooled_in_three_steps(x, scale, bias):
     return max_pool_2x2(jax.nn.relu(normalized)), mean, var
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(
     batch=st.integers(2, 3),
     height=st.integers(2, 5),
