@@ -49,7 +49,7 @@ BASELINES = {
 ON_JAX = ("ours", "stock", "keras")
 RESULTS = Path("results") / "bench.json"
 # So few steps that rounding alone tells the losses apart. A CNN's pools have ties, which rounding decides (S9.6): two
-# torch programs of it are 3e-4 apart after three steps and 5e-3 after eight (measured), an MLP's 1e-6 after twenty.
+# torch programs of it are 3e-4 apart after three steps and 5e-3 after eight (measured).
 CHECKED_STEPS = {"mlp": 20, "cnn": 4}
 LOSS_TOLERANCE = 1e-3
 PACKAGES = ("jax", "flax", "torch", "keras")
