@@ -42,7 +42,7 @@ class BatchNorm(nnx.Module):
         return ((wide - self.mean[...]) * (inverse * scale) + bias).astype(x.dtype)
 
     def relu_pool(self, x: Float[Array, "batch h w features"]) -> Float[Array, "batch h//2 w//2 features"]:
-        """Return max_pool_2x2(relu(self(x, train=True))) in half the passes over `x` (`normalize_relu_pool`)."""
+        """Return max_pool_2x2(relu(self(x, train=True))) in fewer passes over `x` (`normalize_relu_pool`)."""
         return self._by_batch(normalize_relu_pool, x)
 
     def _by_batch(self, normalize: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], x: jax.Array) -> jax.Array:

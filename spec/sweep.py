@@ -62,8 +62,7 @@ class Setting:
 
 
 def settings(recipe: Recipe, sweep: Sequence[str]) -> list[Setting]:
-    """Return the points of the grid that `sweep` spans, FIELD=VALUE,VALUE,...
-    each; one point if there is none.
+    """Return the points of the grid that `sweep`, each FIELD=VALUE,VALUE,..., spans; one point if there is none.
 
     A field is a recipe's by its path or by its last name alone, a section stands for its `name`: optimizer=sgd,adam. A
     value that another one makes useless (momentum with adam) is left out, and so is a point that is there already.
@@ -251,8 +250,10 @@ def _path(field: str) -> tuple[str, ...]:
     if len(matching) == 1:
         return matching[0]
     if field in FIXED:
-        hint = "; --seeds N trains several seeds" if field == "seed" else ""
-        raise RecipeError(f"--sweep {field}: changes nothing that is learned{hint}")
+        mend = (
+            "--seeds N trains several seeds" if field == "seed" else "it changes nothing that is learned; leave it out"
+        )
+        raise RecipeError(f"--sweep {field}: that is not swept; {mend}")
     known = sorted({name for path in paths for name in (".".join(path), path[-1])})
     if matching:
         choices = ", ".join(".".join(path) for path in matching)

@@ -136,7 +136,7 @@ def test_a_field_can_be_named_by_its_path_and_hold_lists_and_a_schedule_brings_t
         ("batch_size=0.5", "batch_size 0.5"),
         ("optimizer=sdg", "optimizer.name 'sdg'"),
         ("std=1", "which one: preprocessing.std, init.std?"),
-        ("name=sgd", "changes nothing that is learned"),
+        ("name=sgd", "changes nothing that is learned; leave it out"),
         ("seed=1,2", "--seeds N trains several seeds"),
         ("optimizer.name.x=1", "no such field"),
     ],
