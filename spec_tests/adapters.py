@@ -9,7 +9,6 @@ they take the place of the network's own, so that two networks are compared with
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
@@ -50,12 +49,6 @@ class Network:
     def leaves(self) -> tuple[Leaf, ...]:
         """Return the leaves of the state."""
         return params.leaves(self.recipe.model, self.input_shape, self.outputs)
-
-    def longest_sum(self, batch_size: int) -> int:
-        """Return the terms of the longest sum in a step: a layer's inputs, or a batch's examples or pixels."""
-        model = self.recipe.model
-        places = math.prod(self.input_shape) if model.name == "cnn" or model.input_batchnorm else 1
-        return max(batch_size * places, *(leaf.fan_in for leaf in self.leaves))
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -110,12 +103,17 @@ class Adapter(Protocol):
 
 
 class OracleAdapter:
-    """The specification itself, float64 whatever the recipe says."""
+    """The specification itself, float64 whatever the recipe says; `last_activations` are those of the last step.
+
+    With `oracle.PlainSums` it says how far rounding moves the truth.
+    """
 
     name = "oracle"
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, sums: oracle.Sums = oracle.FLOAT64) -> None:
         self.network = network
+        self._sums = sums
+        self.last_activations: Arrays = {}
         recipe = network.recipe
         state = params.initial_state(network.leaves, recipe.init, recipe.seed)
         trained = {name: state[name] for name in network.trained}
@@ -142,9 +140,12 @@ class OracleAdapter:
         return oracle.gradients(recipe.model, recipe.loss, self._state, images, labels, decisions=decisions)
 
     def step(self, images, labels, *, decisions=None) -> tuple[float, int]:
+        recipe, state = self.network.recipe, self._state
         epoch = int(self._opt_state["step"]) // self.network.steps_per_epoch + 1
-        self._state, self._opt_state, loss, num_correct = oracle.train_step(
-            self.network.recipe, self._state, self._opt_state, images, labels, epoch=epoch, decisions=decisions
+        passed = oracle.forward(recipe.model, state, images, train=True, decisions=decisions, sums=self._sums)
+        self.last_activations = passed.activations
+        self._state, self._opt_state, loss, num_correct = oracle.step_after(
+            recipe, state, self._opt_state, passed, labels, epoch=epoch
         )
         return loss, num_correct
 

@@ -44,9 +44,9 @@ def assert_within(found: Arrays, expected: Arrays, *, bound: float, item: str, r
         )
 
 
-def assert_error_ratio(ours: Arrays, theirs: Arrays, truth: Arrays, *, item: str, terms: int = 1) -> None:
+def assert_error_ratio(ours: Arrays, theirs: Arrays, truth: Arrays, *, item: str) -> None:
     """Fail unless, leaf by leaf, each side's error against float64 is at most KAPPA times the other's (S12.5)."""
-    for name, ratio in error_ratios(ours, theirs, truth, terms=terms).items():
+    for name, ratio in error_ratios(ours, theirs, truth).items():
         assert ratio <= KAPPA, f"{item}: {name}: one side's error is {ratio:.3g} times the other's, allowed {KAPPA}"
 
 
@@ -55,28 +55,33 @@ def error_ratios(
     theirs: Arrays,
     truth: Arrays,
     *,
-    terms: int = 1,
+    plain: Arrays | None = None,
     dtype: np.typing.DTypeLike = np.float32,
-    magnitudes: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Return, by leaf, the larger side's error against `truth` over the other side's (S12.5).
 
-    An error counts as at least sqrt(m) u times the layer's largest value: what independent roundings of a sum of m
-    `terms` come to in `dtype`, so that a side which sums pairwise does not put one in the wrong that sums in order.
-    `magnitudes` takes the place of the layer's largest value for a leaf whose sum cancels: sum |a_i b_i| of S12.4; what
-    is allowed stays under the dtype's ceiling of that largest value.
+    An error counts as at least u times the layer's largest value, one rounding in `dtype`, plus how far `plain`, the
+    same worked out with plain sums in `dtype`, lies from the truth anywhere in the layer: a side that sums better than
+    that does not put the other in the wrong. What is allowed stays under the dtype's ceiling of the layer's largest.
     """
-    for side in (ours, theirs):
+    plain = truth if plain is None else plain
+    for side in (ours, theirs, plain):
         _same_names(side, truth, "error ratio")
+    scales = _by_layer(truth)
+    moved = _by_layer({name: plain[name] - wanted for name, wanted in truth.items()})
     ratios = {}
     for name, wanted in truth.items():
-        scale = max(layer_scale(truth, name), (magnitudes or {}).get(name, 0.0))
-        rounding = math.sqrt(terms) * unit_roundoff(dtype) * scale
-        floor = min(rounding, ceiling(dtype) * layer_scale(truth, name) / KAPPA)
+        scale = scales[_layer(name)]
+        floor = min(unit_roundoff(dtype) * scale + moved[_layer(name)], ceiling(dtype) * scale / KAPPA)
         errors = [float(np.abs(np.asarray(side[name], np.float64) - wanted).max(initial=0)) for side in (ours, theirs)]
-        allowance = max(min(errors), floor)
-        ratios[name] = max(errors) / allowance if allowance else math.inf if max(errors) else 0.0
+        finite = all(map(math.isfinite, errors))
+        ratios[name] = times(max(errors), max(min(errors), floor)) if finite else math.inf
     return ratios
+
+
+def times(size: float, unit: float) -> float:
+    """Return how many times `unit` goes into `size`: 0 if both are 0, infinity if `unit` alone is."""
+    return size / unit if unit else math.inf if size else 0.0
 
 
 def assert_no_shared_memory(first: Arrays, second: Arrays, *, item: str) -> None:
@@ -89,7 +94,7 @@ def assert_no_shared_memory(first: Arrays, second: Arrays, *, item: str) -> None
 
 def layer_scale(arrays: Arrays, name: str) -> float:
     """Return the largest absolute value among the leaves of the layer that `name` belongs to."""
-    return max(float(np.abs(array).max(initial=0)) for leaf, array in arrays.items() if _layer(leaf) == _layer(name))
+    return _by_layer({leaf: array for leaf, array in arrays.items() if _layer(leaf) == _layer(name)})[_layer(name)]
 
 
 def largest_difference(first: Arrays, second: Arrays) -> float:
@@ -105,6 +110,14 @@ def largest_difference(first: Arrays, second: Arrays) -> float:
 def _same_names(found: Arrays, expected: Arrays, item: str) -> None:
     check_arrays(found, {name: np.shape(array) for name, array in expected.items()}, what=item)
     check_arrays(expected, {name: np.shape(array) for name, array in found.items()}, what=f"{item}, what is wanted")
+
+
+def _by_layer(arrays: Arrays) -> dict[str, float]:
+    """Return the largest absolute value of each layer."""
+    largest: dict[str, float] = {}
+    for name, array in arrays.items():
+        largest[_layer(name)] = max(largest.get(_layer(name), 0.0), float(np.abs(array).max(initial=0)))
+    return largest
 
 
 def _layer(name: str) -> str:

@@ -81,12 +81,6 @@ def chain_bound(leaves: Iterable[Leaf], batch_values: int, dtype: np.typing.DTyp
     return terms * unit_roundoff(dtype)
 
 
-def flip_bound(terms: int, scale: float) -> float:
-    """Return how far from undecided a float32 decision can be and still come out either way: four standard deviations
-    of the roundings of its longest sum, 4 sqrt(m) u, times the largest sum of sizes, sum |w x|, that went into it."""
-    return 4 * math.sqrt(terms) * unit_roundoff(np.float32) * scale
-
-
 def twin_bound(steps: int, twin_difference: float) -> float:
     """Return how far two sides may be apart that round at each of `steps` steps, where one side is `twin_difference`
     from itself after a single rounding at the start: sqrt(steps) times, four standard deviations.

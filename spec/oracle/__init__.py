@@ -4,17 +4,20 @@ from spec.oracle.closed_forms import softmax_regression_gradients, two_layer_bin
 from spec.oracle.functions import sigmoid, softmax
 from spec.oracle.losses import example_losses, loss_gradient, predictions
 from spec.oracle.metrics import accuracy, weighted_mean
-from spec.oracle.network import Forward, backward, forward, gradient_magnitudes, gradients, layer_names, sum_magnitudes
+from spec.oracle.network import Forward, backward, forward, gradients, layer_names
 from spec.oracle.optimizers import initial_opt_state, learning_rate, update
-from spec.oracle.training import train_step
+from spec.oracle.sums import FLOAT64, PlainSums, Sums
+from spec.oracle.training import step_after, train_step
 
 __all__ = [
+    "FLOAT64",
     "Forward",
+    "PlainSums",
+    "Sums",
     "accuracy",
     "backward",
     "example_losses",
     "forward",
-    "gradient_magnitudes",
     "gradients",
     "initial_opt_state",
     "layer_names",
@@ -24,7 +27,7 @@ __all__ = [
     "sigmoid",
     "softmax",
     "softmax_regression_gradients",
-    "sum_magnitudes",
+    "step_after",
     "train_step",
     "two_layer_binary_gradients",
     "update",

@@ -1,6 +1,7 @@
 """The layers: each function returns its output and the way back, worked out by hand (S3, S5, S7).
 
-Arrays are float64 in torch's layouts: images [batch, channels, height, width], otherwise [batch, features].
+Arrays are float64 in torch's layouts: images [batch, channels, height, width], otherwise [batch, features]. Layers that
+add up do it by `sums`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spec.oracle.functions import sigmoid as stable_sigmoid
+from spec.oracle.sums import FLOAT64, Sums
 from spec.params import KERNEL_SIZE
 
 RUNNING_MOMENTUM = 0.1
@@ -34,24 +36,24 @@ class Applied:
     batch_stats: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> Applied:
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, sums: Sums = FLOAT64) -> Applied:
     """Return x W^T + b, [batch, out], for `x` flattened to [batch, in], `weight` [out, in] and `bias` [out] or None.
 
     With g the gradient by the output: dx = g W, dW = g^T x, db = sum over the batch of g.
     """
     flat = x.reshape(len(x), -1)
-    output = flat @ weight.T
+    output = sums.product(flat, weight.T)
 
     def back(grad: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        own = {"weight": grad.T @ flat}
+        own = {"weight": sums.product(grad.T, flat)}
         if bias is not None:
-            own["bias"] = grad.sum(axis=0)
-        return (grad @ weight).reshape(x.shape), own
+            own["bias"] = sums.total(grad, axis=0)
+        return sums.product(grad, weight).reshape(x.shape), own
 
     return Applied(output=output if bias is None else output + bias, back=back)
 
 
-def convolution(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Applied:
+def convolution(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, sums: Sums = FLOAT64) -> Applied:
     """Return the 3x3 cross-correlation of `x` [batch, in, h, w], padded by 1 with zeros, stride 1: [batch, out, h, w].
 
     y[n, o, r, s] = b[o] + sum over c, i, j of W[o, c, i, j] x[n, c, r+i-1, s+j-1]. Over the nine shifted images that is
@@ -62,15 +64,15 @@ def convolution(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Applied:
     padded = np.pad(x.transpose(1, 0, 2, 3), ((0, 0), (0, 0), (1, 1), (1, 1)))
     shifted = np.stack(_shifts(padded), axis=1).reshape(inputs * KERNEL_SIZE**2, batch * height * width)
     matrix = weight.reshape(len(weight), -1)
-    output = (matrix @ shifted + bias[:, None]).reshape(-1, batch, height, width)
+    output = (sums.product(matrix, shifted) + bias[:, None]).reshape(-1, batch, height, width)
 
     def back(grad: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         flat = grad.transpose(1, 0, 2, 3).reshape(len(weight), -1)
-        shifted_grad = (matrix.T @ flat).reshape(inputs, KERNEL_SIZE**2, batch, height, width)
+        shifted_grad = sums.product(matrix.T, flat).reshape(inputs, KERNEL_SIZE**2, batch, height, width)
         padded_grad = np.zeros_like(padded)
         for index, shift in enumerate(_shifts(padded_grad)):
             shift += shifted_grad[:, index]
-        own = {"weight": (flat @ shifted.T).reshape(weight.shape), "bias": flat.sum(axis=1)}
+        own = {"weight": sums.product(flat, shifted.T).reshape(weight.shape), "bias": sums.total(flat, axis=1)}
         return padded_grad[:, :, 1:-1, 1:-1].transpose(1, 0, 2, 3), own
 
     return Applied(output=output.transpose(1, 0, 2, 3), back=back)
@@ -83,7 +85,12 @@ def _shifts(padded: np.ndarray) -> list[np.ndarray]:
 
 
 def batchnorm(
-    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, running_mean: np.ndarray, running_var: np.ndarray
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    sums: Sums = FLOAT64,
 ) -> Applied:
     """Return w h + b with h = (x - m) / sqrt(v + eps), m and biased v taken over all axes but the channels.
 
@@ -96,15 +103,15 @@ def batchnorm(
     count = grouped.size // len(weight)
     if count == 1:
         raise ValueError("a batch of one value a channel has no variance; BatchNorm trains on 2 or more")
-    mean = grouped.mean(axis=(0, 2))
+    mean = sums.total(grouped, axis=(0, 2)) / count
     centred = grouped - mean[:, None]
-    var = (centred**2).mean(axis=(0, 2))
+    var = sums.total(centred**2, axis=(0, 2)) / count
     inverse = 1 / np.sqrt(var + BATCHNORM_EPSILON)
     normalized = centred * inverse[:, None]
 
     def back(grad: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         grad = grad.reshape(grouped.shape)
-        own = {"weight": (grad * normalized).sum(axis=(0, 2)), "bias": grad.sum(axis=(0, 2))}
+        own = {"weight": sums.total(grad * normalized, axis=(0, 2)), "bias": sums.total(grad, axis=(0, 2))}
         through_mean, through_var = own["bias"][:, None] / count, own["weight"][:, None] / count
         x_grad = (weight * inverse)[:, None] * (grad - through_mean - normalized * through_var)
         return x_grad.reshape(x.shape), own

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from spec.oracle import layers
 from spec.oracle.losses import loss_gradient
+from spec.oracle.sums import FLOAT64, Sums
 from spec.recipe import Loss, Model
 
 
@@ -42,11 +43,13 @@ def forward(
     *,
     train: bool,
     decisions: Mapping[str, np.ndarray] | None = None,
+    sums: Sums = FLOAT64,
 ) -> Forward:
     """Return what the network of the canonical `state` makes of `inputs`.
 
     `inputs` are [batch, h, w, channels] or [batch, features]. `decisions`, by layer name, take the place of what relu,
     max-pool and dropout would decide. In training every dropout needs its mask; in evaluation dropout does nothing.
+    `sums` adds up, on the way back too.
     Raises ValueError for a missing mask, a decision of another shape, and one for a layer that decides nothing.
     """
     given = dict(decisions or {})
@@ -57,7 +60,7 @@ def forward(
     activations, batch_stats, decided, tape = {}, {}, {}, []
     for name in names:
         own = _own_leaves(state, name)
-        applied = _apply(model, name, own, hidden, train=train, given=given.get(name))
+        applied = _apply(model, name, own, hidden, sums, train=train, given=given.get(name))
         activations[name] = hidden = applied.output
         batch_stats |= {f"{name}.{leaf}": value for leaf, value in applied.batch_stats.items()}
         if applied.decision is not None:
@@ -85,51 +88,6 @@ def backward(passed: Forward, logits_grad: np.ndarray) -> dict[str, np.ndarray]:
         grad, own = back(grad)
         grads = {f"{name}.{leaf}": value for leaf, value in own.items()} | grads
     return grads
-
-
-def sum_magnitudes(
-    model: Model, state: Mapping[str, ArrayLike], inputs: ArrayLike, passed: Forward
-) -> dict[str, np.ndarray]:
-    """Return sum |w x| + |b| for every output of every linear layer and convolution of the pass: what its sum may be
-    off is in proportion to that, however small the sum itself is (S12.4)."""
-    magnitudes: dict[str, np.ndarray] = {}
-    hidden = _channels_first(inputs)
-    for name, output in passed.activations.items():
-        if _kind(name) in ("linear", "conv"):
-            own = {leaf: np.abs(value) for leaf, value in _own_leaves(state, name).items()}
-            magnitudes[name] = _apply(model, name, own, np.abs(hidden), train=False, given=None).output
-        hidden = output
-    return magnitudes
-
-
-def gradient_magnitudes(
-    model: Model, state: Mapping[str, ArrayLike], inputs: ArrayLike, passed: Forward, logits_grad: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Return, for every trained leaf, the sum of |g x| where its gradient is the sum of g x: how much of it cancels.
-
-    x is the layer's input for a weight, the normalized value for BatchNorm's scale, and 1 for a bias (S12.4).
-    """
-    entering = dict(zip(passed.activations, [_channels_first(inputs), *passed.activations.values()], strict=False))
-    magnitudes: dict[str, np.ndarray] = {}
-    grad = logits_grad
-    for name, back in reversed(passed.tape):
-        if own := _own_leaves(state, name):
-            sizes = _size_gradients(model, name, own, entering[name], np.abs(grad))
-            magnitudes |= {f"{name}.{leaf}": value for leaf, value in sizes.items()}
-        grad, _ = back(grad)
-    return magnitudes
-
-
-def _size_gradients(
-    model: Model, name: str, own: dict[str, np.ndarray], x: np.ndarray, size: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Return the gradients by the layer's leaves with |g| = `size` for g and the sizes of x for x."""
-    if _kind(name) != "norm":
-        return _apply(model, name, own, np.abs(x), train=True, given=None).back(size)[1]
-    plain = own | {"weight": np.ones_like(own["weight"]), "bias": np.zeros_like(own["bias"])}
-    normalized = _apply(model, name, plain, x, train=True, given=None).output
-    by_channel = [(one.reshape(len(x), len(own["weight"]), -1)) for one in (size, np.abs(normalized))]
-    return {"weight": np.prod(by_channel, axis=0).sum(axis=(0, 2)), "bias": by_channel[0].sum(axis=(0, 2))}
 
 
 def gradients(
@@ -183,16 +141,23 @@ def _own_leaves(state: Mapping[str, ArrayLike], name: str) -> dict[str, np.ndarr
 
 
 def _apply(
-    model: Model, name: str, own: dict[str, np.ndarray], x: np.ndarray, *, train: bool, given: np.ndarray | None
+    model: Model,
+    name: str,
+    own: dict[str, np.ndarray],
+    x: np.ndarray,
+    sums: Sums,
+    *,
+    train: bool,
+    given: np.ndarray | None,
 ) -> layers.Applied:
     """Return what the layer `name` makes of `x`; `given` is its decision, or None for it to decide."""
     match _kind(name):
         case "linear":
-            return layers.linear(x, own["weight"], None if model.bias is False else own["bias"])
+            return layers.linear(x, own["weight"], None if model.bias is False else own["bias"], sums)
         case "conv":
-            return layers.convolution(x, own["weight"], own["bias"])
+            return layers.convolution(x, own["weight"], own["bias"], sums)
         case "norm":
-            return (layers.batchnorm if train else layers.batchnorm_by_running)(x, **own)
+            return layers.batchnorm(x, **own, sums=sums) if train else layers.batchnorm_by_running(x, **own)
         case "sigmoid":
             return layers.sigmoid(x)
         case "tanh":

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from spec.oracle.losses import example_losses, loss_gradient, predictions
-from spec.oracle.network import backward, forward
+from spec.oracle.network import Forward, backward, forward
 from spec.oracle.optimizers import learning_rate, update
 from spec.recipe import Recipe
 
@@ -30,6 +30,19 @@ def train_step(
     `decisions` as in `forward`. Nothing given is changed.
     """
     passed = forward(recipe.model, state, inputs, train=True, decisions=decisions)
+    return step_after(recipe, state, opt_state, passed, labels, epoch=epoch)
+
+
+def step_after(
+    recipe: Recipe,
+    state: Mapping[str, ArrayLike],
+    opt_state: Mapping[str, ArrayLike],
+    passed: Forward,
+    labels: ArrayLike,
+    *,
+    epoch: int,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float, int]:
+    """Return what `train_step` does, after its forward pass of `state` was made."""
     grads = backward(passed, loss_gradient(passed.logits, labels, recipe.loss))
     params = {name: state[name] for name in grads}
     moved, opt_state = update(recipe.optimizer, learning_rate(recipe, epoch), params, grads, opt_state)

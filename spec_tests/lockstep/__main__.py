@@ -17,6 +17,7 @@ from spec.files import check_target, write_atomic
 from spec.recipe import Recipe
 from spec_tests.lockstep.report import Epoch, judge
 from spec_tests.lockstep.results import RESULTS, key, load_results
+from spec_tests.tolerances import KAPPA
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -119,6 +120,7 @@ def _line(epoch: Epoch, recipe: Recipe) -> str:
         line += f"; JAX from itself, one unit in the last place away at the start: {epoch.twin_difference:.2e}"
     if forced := epoch.forced:
         line += f"; {forced.steps:,} forced steps, worst error ratio {forced.worst_ratio:.2f} ({forced.worst_leaf})"
+        line += f", {forced.broken:,} leaves over {KAPPA}" if forced.broken else ""
         line += f", {forced.flips} flips" + (f", the largest {forced.largest_flip:.1e}" if forced.flips else "")
     return line
 

@@ -28,13 +28,15 @@ class Flip:
 class Forced:
     """Steps made on each side from the same state, so far: how many, and the worst error ratio of any leaf (S12.5).
 
-    `flips` decisions came out differently; `largest_flip` is the farthest from undecided that one was, `worst_flip` the
-    largest over what rounding explains.
+    `broken` counts the leaves, step by step, whose ratio was over what the rule allows. `flips` decisions came out
+    differently; `largest_flip` is the farthest from undecided that one was, `worst_flip` the largest over how far
+    rounding moves such a value (S9.6).
     """
 
     steps: int
     worst_ratio: float
     worst_leaf: str
+    broken: int
     flips: int
     largest_flip: float
     worst_flip: float
@@ -123,12 +125,13 @@ def _judge_against_twin(verdict: Verdict, epochs: list[Epoch]) -> None:
 
 def _judge_forced_steps(verdict: Verdict, forced: Forced) -> None:
     verdict.held.append(f"{forced.steps:,} steps from the same state, each leaf by the rule of S12.5")
-    if not forced.worst_ratio <= tolerances.KAPPA:
+    if forced.broken:
         verdict.broken.append(
-            f"a forced step's {forced.worst_leaf} has {forced.worst_ratio:.3g} times the other side's error, "
-            f"allowed {tolerances.KAPPA}"
+            f"{forced.broken:,} leaves of forced steps have more than {tolerances.KAPPA} times the other side's error, "
+            f"at most {forced.worst_ratio:.3g} times ({forced.worst_leaf})"
         )
-    if not forced.worst_flip <= 1:
+    if not forced.worst_flip <= tolerances.KAPPA:
         verdict.broken.append(
-            f"a decision flipped {forced.worst_flip:.3g} times as far from undecided as rounding explains"
+            f"a decision flipped {forced.worst_flip:.3g} times as far from undecided as rounding moves it, "
+            f"allowed {tolerances.KAPPA}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,12 +15,11 @@ from spec import datasets, oracle, params
 from spec.batches import Counts, count, epoch_order
 from spec.datasets import Dataset, Split
 from spec.history import StepsDone
-from spec.oracle.layers import BATCHNORM_EPSILON
 from spec.recipe import Recipe
 from spec_tests.adapters import Adapter, Arrays, JaxAdapter, Network, OracleAdapter, TorchAdapter
-from spec_tests.assertions import error_ratios, largest_difference
+from spec_tests.assertions import error_ratios, largest_difference, times
 from spec_tests.lockstep.report import Epoch, Flip, Forced
-from spec_tests.tolerances import flip_bound
+from spec_tests.tolerances import KAPPA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +136,19 @@ class StepByStep:
 
 
 class Forcing:
-    """Teacher-forced steps: JAX steps from torch's state, and a float64 oracle says how far each side is off (S9)."""
+    """Teacher-forced steps: JAX steps from torch's state, and a float64 oracle says how far each side is off (S9).
+
+    A second oracle makes the same step with plain float32 sums and says how far rounding alone moves each result.
+    """
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
         self.follower = JaxAdapter(pair.network)
         self.truth = OracleAdapter(pair.network)
-        self.cancelling = cancelling(oracle.layer_names(pair.recipe.model))
-        self.report = Forced(steps=0, worst_ratio=0.0, worst_leaf="", flips=0, largest_flip=0.0, worst_flip=0.0)
+        self.plain = OracleAdapter(pair.network, oracle.PlainSums(pair.recipe.precision))
+        self.report = Forced(
+            steps=0, worst_ratio=0.0, worst_leaf="", broken=0, flips=0, largest_flip=0.0, worst_flip=0.0
+        )
 
     def step(self, images, labels, decisions: Arrays, state: Arrays, opt_state: Arrays, *, after: tuple) -> None:
         """Make the step that took torch from (state, opt_state) to `after`, and note how it compares.
@@ -155,60 +158,36 @@ class Forcing:
         self.follower.load(state, opt_state)
         own = self.follower.forward(images, train=True, decisions=_masks(decisions))
         flips = list(differing(own.decisions, decisions))
-        sizes = [abs(decided_on(own.activations, *flip)) for flip in flips]
         self.follower.step(images, labels, decisions=decisions if flips else _masks(decisions))
-        self.truth.load(state, opt_state)
-        self.truth.step(images, labels, decisions=decisions)
-        sides = (
-            (self.follower.state(), self.follower.opt_state()),
-            after,
-            (self.truth.state(), self.truth.opt_state()),
-        )
-        ours, theirs, truth = (self._results(state, *side) for side in sides)
-        terms = self.pair.network.longest_sum(len(labels))
-        magnitudes, bounds = {}, []
-        if self.cancelling or flips:
-            passed = oracle.forward(self.pair.recipe.model, state, images, train=True, decisions=decisions)
-            magnitudes = self._magnitudes(passed, state, images, labels, int(opt_state["step"]))
-            bounds = self._flip_bounds(flips, terms, state, images, passed)
-        precision = self.pair.recipe.precision
-        ratios = error_ratios(ours, theirs, truth, terms=terms, dtype=precision, magnitudes=magnitudes)
+        for side in (self.truth, self.plain):
+            side.load(state, opt_state)
+            side.step(images, labels, decisions=decisions)
+        sides = [(side.state(), side.opt_state()) for side in (self.follower, self.truth, self.plain)]
+        ours, truth, plain, theirs = (self._results(state, *side) for side in (*sides, after))
+        ratios = error_ratios(ours, theirs, truth, plain=plain, dtype=self.pair.recipe.precision)
+        sizes = [abs(decided_on(own.activations, *flip)) for flip in flips]
+        moved = {layer: self._moved(layer) for layer in {layer for layer, _ in flips}}
+        self._note(ratios, sizes, [times(size, moved[layer]) for size, (layer, _) in zip(sizes, flips, strict=True)])
+
+    def _moved(self, layer: str) -> float:
+        """Return how far rounding moves the values that `layer` decides on: the largest of the layer (S12.6)."""
+        exact, plain = (_input(side.last_activations, layer) for side in (self.truth, self.plain))
+        return float(np.abs(plain - exact).max())
+
+    def _note(self, ratios: dict[str, float], sizes: list[float], flips: list[float]) -> None:
+        """Add a step's error ratios, the sizes of its flips, and those over what rounding moves."""
+        report = self.report
         leaf = max(ratios, key=ratios.get)
-        worse = ratios[leaf] > self.report.worst_ratio
+        worse = ratios[leaf] > report.worst_ratio
         self.report = Forced(
-            steps=self.report.steps + 1,
-            worst_ratio=ratios[leaf] if worse else self.report.worst_ratio,
-            worst_leaf=leaf if worse else self.report.worst_leaf,
-            flips=self.report.flips + len(flips),
-            largest_flip=max([self.report.largest_flip, *sizes]),
-            worst_flip=max(
-                [self.report.worst_flip, *(size / bound for size, bound in zip(sizes, bounds, strict=True))]
-            ),
+            steps=report.steps + 1,
+            worst_ratio=ratios[leaf] if worse else report.worst_ratio,
+            worst_leaf=leaf if worse else report.worst_leaf,
+            broken=report.broken + sum(not ratio <= KAPPA for ratio in ratios.values()),
+            flips=report.flips + len(flips),
+            largest_flip=max([report.largest_flip, *sizes]),
+            worst_flip=max([report.worst_flip, *flips]),
         )
-
-    def _flip_bounds(
-        self, flips: list[tuple], terms: int, state: Arrays, images: np.ndarray, passed: oracle.Forward
-    ) -> list[float]:
-        """Return, for each flip, how far from undecided its decision may be (S9.6)."""
-        sums = oracle.sum_magnitudes(self.pair.recipe.model, state, images, passed)
-        scales = {
-            layer: deciding_scale(state, passed.activations, sums, layer) for layer in {flip[0] for flip in flips}
-        }
-        return [flip_bound(terms, scales[layer]) for layer, _ in flips]
-
-    def _magnitudes(
-        self, passed: oracle.Forward, state: Arrays, images: np.ndarray, labels: np.ndarray, step: int
-    ) -> dict[str, float]:
-        """Return the largest sum |g x| of each leaf of the `cancelling` layers."""
-        if not self.cancelling:
-            return {}
-        recipe, network = self.pair.recipe, self.pair.network
-        by_logits = oracle.loss_gradient(passed.logits, labels, recipe.loss)
-        summed = oracle.gradient_magnitudes(recipe.model, state, images, passed, by_logits)
-        rate = oracle.learning_rate(recipe, step // network.steps_per_epoch + 1)
-        sizes = {name: float(sums.max()) for name, sums in summed.items() if name.split(".")[0] in self.cancelling}
-        buffers = {f"momentum_buffer.{name}": size for name, size in sizes.items()}
-        return buffers | {f"update.{name}": rate * size for name, size in sizes.items()}
 
     def _results(self, before: Arrays, state: Arrays, opt_state: Arrays) -> Arrays:
         """Return all that a step made: the state, the buffers, and with SGD what was added to each trained leaf.
@@ -221,12 +200,6 @@ class Forcing:
         if self.pair.recipe.optimizer.name == "adam":
             return buffers | {name: array for name, array in state.items() if name not in trained}
         return state | buffers | {f"update.{name}": state[name].astype(np.float64) - before[name] for name in trained}
-
-
-def cancelling(names: tuple[str, ...]) -> set[str]:
-    """Return the BatchNorms and the layers before them: their gradients add up to nearly 0 over a channel (S5.4)."""
-    before = {name for name, after in itertools.pairwise(names) if after.startswith("norm")}
-    return before | {name for name in names if name.startswith("norm")}
 
 
 def differing(ours: Arrays, theirs: Arrays) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -250,23 +223,6 @@ def decided_on(activations: Arrays, layer: str, place: tuple[int, ...]) -> float
     window = before[example, channel, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
     second, first = np.sort(window, axis=None)[-2:]
     return float(first - second)
-
-
-def deciding_scale(state: Arrays, activations: Arrays, sums: Arrays, layer: str) -> float:
-    """Return the largest sum of sizes that went into the decisions of `layer`, in the unit they are made in.
-
-    `sums` holds sum |w x| + |b| of every layer that sums (`oracle.sum_magnitudes`). Behind a BatchNorm it is times
-    |scale| / sqrt(var + eps) of the channel: as much as the rounding of the sum grows there. The largest of the layer
-    counts, for what is off in one channel enters every sum of the next layer.
-    """
-    before = list(activations)[: list(activations).index(layer)]
-    summing = next(name for name in reversed(before) if name in sums)
-    axes = (0, *range(2, sums[summing].ndim))
-    largest = sums[summing].max(axis=axes)
-    for norm in [name for name in before[before.index(summing) :] if name.startswith("norm")]:
-        deviation = np.sqrt(activations[summing].var(axis=axes) + BATCHNORM_EPSILON)
-        largest = largest * np.abs(state[f"{norm}.weight"]) / deviation
-    return float(largest.max())
 
 
 def _input(activations: Arrays, layer: str) -> np.ndarray:
