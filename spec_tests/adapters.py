@@ -9,6 +9,7 @@ they take the place of the network's own, so that two networks are compared with
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
@@ -49,6 +50,12 @@ class Network:
     def leaves(self) -> tuple[Leaf, ...]:
         """Return the leaves of the state."""
         return params.leaves(self.recipe.model, self.input_shape, self.outputs)
+
+    def longest_sum(self, batch_size: int) -> int:
+        """Return the terms of the longest sum in a step: a layer's inputs, or a batch's examples or pixels."""
+        model = self.recipe.model
+        places = math.prod(self.input_shape) if model.name == "cnn" or model.input_batchnorm else 1
+        return max(batch_size * places, *(leaf.fan_in for leaf in self.leaves))
 
     @property
     def trained(self) -> tuple[str, ...]:

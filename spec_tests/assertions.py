@@ -56,13 +56,15 @@ def error_ratios(
     truth: Arrays,
     *,
     plain: Arrays | None = None,
+    terms: int = 1,
     dtype: np.typing.DTypeLike = np.float32,
 ) -> dict[str, float]:
     """Return, by leaf, the larger side's error against `truth` over the other side's (S12.5).
 
-    An error counts as at least u times the layer's largest value, one rounding in `dtype`, plus how far `plain`, the
-    same worked out with plain sums in `dtype`, lies from the truth anywhere in the layer: a side that sums better than
-    that does not put the other in the wrong. What is allowed stays under the dtype's ceiling of the layer's largest.
+    An error counts as at least sqrt(m) u times the layer's largest value, what independent roundings of a sum of m
+    `terms` come to in `dtype`, plus how far `plain`, the same worked out with plain sums in `dtype`, lies from the
+    truth anywhere in the layer: a side that sums better than that does not put the other in the wrong. What is allowed
+    stays under the dtype's ceiling of the layer's largest value.
     """
     plain = truth if plain is None else plain
     for side in (ours, theirs, plain):
@@ -72,10 +74,10 @@ def error_ratios(
     ratios = {}
     for name, wanted in truth.items():
         scale = scales[_layer(name)]
-        floor = min(unit_roundoff(dtype) * scale + moved[_layer(name)], ceiling(dtype) * scale / KAPPA)
+        rounding = math.sqrt(terms) * unit_roundoff(dtype) * scale + moved[_layer(name)]
+        floor = min(rounding, ceiling(dtype) * scale / KAPPA)
         errors = [float(np.abs(np.asarray(side[name], np.float64) - wanted).max(initial=0)) for side in (ours, theirs)]
-        finite = all(map(math.isfinite, errors))
-        ratios[name] = times(max(errors), max(min(errors), floor)) if finite else math.inf
+        ratios[name] = times(max(errors), max(min(errors), floor))
     return ratios
 
 

@@ -144,16 +144,23 @@ def test_within_refuses_a_bound_that_would_let_anything_pass(dtype, ceiling):
             assert_within(arrays, arrays, bound=1.01 * ceiling, item="item", relative_to_layer=True)
 
 
-def test_the_floor_of_the_ratio_may_come_from_what_cancels_and_stays_under_the_ceiling():
-    truth, exact = {"one.weight": np.array([1.0])}, {"one.weight": np.array([1.0])}
-    off = {"one.weight": np.array([1 + 2.0**-14])}
+def test_the_floor_of_the_ratio_is_what_plain_sums_are_off_anywhere_in_the_layer_and_stays_under_the_ceiling():
+    truth = {"one.weight": np.array([1.0]), "one.bias": np.array([0.0]), "two.weight": np.array([1.0])}
+    off = truth | {"one.weight": np.array([1 + 2.0**-14])}
 
-    def ratio(magnitude: float) -> float:
-        return error_ratios(off, exact, truth, magnitudes={"one.weight": magnitude})["one.weight"]
+    def ratio(**plain: float) -> float:
+        sums = truth | {name.replace("_", "."): truth[name.replace("_", ".")] + by for name, by in plain.items()}
+        return error_ratios(off, truth, truth, plain=sums)["one.weight"]
 
-    assert ratio(0.5) == 2**10  # smaller than the largest value: no matter
-    assert ratio(16.0) == 2**6
-    assert ratio(1e9) == 2.0**-14 * tolerances.KAPPA / tolerances.CEILING_FLOAT32
+    assert ratio() == ratio(two_weight=2.0**-14) == 2**10
+    assert ratio(one_weight=-(2.0**-18)) == ratio(one_bias=2.0**-18) == 2.0**-14 / (2.0**-18 + 2.0**-24)
+    assert ratio(one_bias=1e3) == 2.0**-14 * tolerances.KAPPA / tolerances.CEILING_FLOAT32
+
+
+def test_a_longer_sum_counts_by_the_root_of_its_terms():
+    truth, off = {"one": np.array([1.0])}, {"one": np.array([1 + 2.0**-14])}
+    assert error_ratios(off, truth, truth, terms=16) == {"one": 2.0**-14 / 2.0**-22}
+    assert error_ratios(off, truth, truth, terms=16, plain={"one": np.array([1 - 2.0**-22])}) == {"one": 2.0**7}
 
 
 def test_a_leaf_is_measured_by_its_own_layer():

@@ -805,57 +805,49 @@ def test_a_float32_state_is_taken_as_it_is_and_answered_in_float64():
     assert all(first[name].dtype == np.float64 and np.array_equal(first[name], second[name]) for name in second)
 
 
-def test_the_magnitude_of_a_gradient_is_the_sum_of_its_terms_sizes():
-    state = {"linear1.weight": np.zeros((2, 3)), "linear1.bias": np.zeros(2)}
-    images = [[1.0, -2.0, 0.0], [3.0, 4.0, -5.0]]
-    passed = oracle.forward(mlp(), state, images, train=True)
-    by_logits = np.array([[0.5, -0.5], [-0.25, 0.25]])
-    found = oracle.gradient_magnitudes(mlp(), state, images, passed, by_logits)
-    assert found["linear1.weight"].tolist() == [[0.5 + 0.75, 1.0 + 1.0, 1.25]] * 2
-    assert found["linear1.bias"].tolist() == [0.75, 0.75]
+def test_a_plain_total_adds_one_term_after_another():
+    large = 2.0**24  # the next float32 is larger by 2
+    terms = np.array([[[large, 1.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, large]]])
+    plain = oracle.PlainSums("float32")
+    assert plain.total(terms, axis=(0, 1, 2)).tolist() == 2 * large  # 1 after 2^24 is lost, each time
+    assert plain.total(terms[:, ::-1, ::-1], axis=(0, 1, 2)).tolist() == 2 * large + 4
+    assert plain.total(terms, axis=(0, 2)).tolist() == [large, large + 4]
+    assert plain.total(terms[0], axis=0).tolist() == [large, 2.0]
+    assert oracle.FLOAT64.total(terms, axis=(0, 2)).tolist() == [large + 3, large + 3]
+    assert plain.total(terms, axis=0).dtype == np.float64
 
 
-def test_no_gradient_is_larger_than_its_magnitude_and_those_around_batchnorm_are_far_smaller():
-    model = dataclasses.replace(recipe.load("cnn").model, channels=(2, 3), hidden_sizes=(5,), dropout=0.0)
-    leaves = params.leaves(model, (8, 8, 1), 4)
+def test_a_plain_product_is_made_in_the_narrower_format():
+    left, right = np.array([[2.0**-13 + 1, 1.0]]), np.array([[2.0**-13 + 1], [-1.0]])
+    assert oracle.FLOAT64.product(left, right).tolist() == [[2.0**-12 + 2.0**-26]]
+    assert oracle.PlainSums("float32").product(left, right).tolist() in ([[2.0**-12]], [[2.0**-12 + 2.0**-26]])  # fused
+    narrow = np.array([[1 + 2.0**-25]])
+    assert oracle.PlainSums("float32").product(narrow, np.ones((1, 1))).tolist() == [[1.0]]
+
+
+def test_every_sum_of_a_pass_and_of_the_way_back_is_made_by_the_sums_given():
+    model = dataclasses.replace(recipe.load("cnn").model, channels=(2,), hidden_sizes=(5,), dropout=0.0)
     generator = np.random.default_rng(0)
-    state = {leaf.name: generator.uniform(0.1, 1, leaf.shape) for leaf in leaves}
-    images = generator.uniform(-1, 1, (6, 8, 8, 1))
-    passed = oracle.forward(model, state, images, train=True)
-    by_logits = oracle.loss_gradient(passed.logits, generator.integers(0, 4, 6), CROSS_ENTROPY)
-    grads = oracle.backward(passed, by_logits)
-    magnitudes = oracle.gradient_magnitudes(model, state, images, passed, by_logits)
-    assert set(magnitudes) == set(grads)
-    for name, magnitude in magnitudes.items():
-        assert magnitude.shape == grads[name].shape
-        assert (np.abs(grads[name]) <= magnitude + ORACLE_SUM).all(), name
-    assert np.abs(grads["conv1.bias"]).max() <= ORACLE_SUM < magnitudes["conv1.bias"].min()
+    state = {leaf.name: generator.uniform(0.1, 1, leaf.shape) for leaf in params.leaves(model, (4, 4, 1), 4)}
+    images, labels = generator.uniform(-1, 1, (6, 4, 4, 1)), generator.integers(0, 4, 6)
 
+    def made(sums: oracle.Sums) -> dict[str, np.ndarray]:
+        passed = oracle.forward(model, state, images, train=True, sums=sums)
+        return oracle.backward(passed, oracle.loss_gradient(passed.logits, labels, CROSS_ENTROPY)) | passed.batch_stats
 
-def test_the_magnitude_of_batchnorms_scale_is_by_the_size_of_the_normalized_values():
-    model = Model(name="mlp", hidden_sizes=(), activations=(), bias=False, input_batchnorm=True)
-    leaves = {"norm0.weight": [2.0], "norm0.bias": [1.0], "norm0.running_mean": [0.0], "norm0.running_var": [1.0]}
-    state = {name: np.array(value) for name, value in leaves.items()} | {"linear1.weight": np.eye(2)}
-    passed = oracle.forward(model, state, [[3.0, 5.0], [5.0, 3.0]], train=True)  # normalized: -1 and 1, but for eps
-    by_logits = np.array([[0.5, -0.25], [0.25, 0.5]])
-    found = oracle.gradient_magnitudes(model, state, [[3.0, 5.0], [5.0, 3.0]], passed, by_logits)
-    assert found["norm0.bias"].tolist() == [1.5]
-    assert_near(found["norm0.weight"], [1.5 / np.sqrt(1 + 1e-5)], tolerance=ORACLE_FORMULA)
+    class Counted(oracle.Sums):
+        products = totals = 0
 
+        def product(self, left, right):
+            self.products += 1
+            return super().product(left, right)
 
-def test_the_magnitude_of_a_sum_adds_the_sizes_of_its_terms_and_its_bias():
-    state = {"linear1.weight": [[1.0, -2.0], [0.5, 0.0]], "linear1.bias": [-3.0, 0.25]}
-    passed = oracle.forward(mlp(), state, [[4.0, -1.0]], train=False)
-    found = oracle.sum_magnitudes(mlp(), state, [[4.0, -1.0]], passed)
-    assert {name: array.tolist() for name, array in found.items()} == {"linear1": [[4 + 2 + 3, 2 + 0.25]]}
+        def total(self, terms, axis):
+            self.totals += 1
+            return super().total(terms, axis)
 
-
-def test_the_magnitude_of_a_convolutions_sum_is_that_of_its_window():
-    model = dataclasses.replace(recipe.load("cnn").model, channels=(1,), hidden_sizes=(), dropout=0.0)
-    leaves = params.leaves(model, (2, 2, 1), 2)
-    state = {leaf.name: np.full(leaf.shape, -0.5) for leaf in leaves} | {"norm1.running_var": np.ones(1)}
-    images = np.array([[1.0, -2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
-    passed = oracle.forward(model, state, images, train=False)
-    found = oracle.sum_magnitudes(model, state, images, passed)
-    assert found["conv1"].tolist() == [[[[5.5, 5.5], [5.5, 5.5]]]]  # every window holds all four pixels
-    assert set(found) == {"conv1", "linear1"}
+    exact, counted, plain = made(oracle.FLOAT64), Counted(), made(oracle.PlainSums("float32"))
+    assert all(np.array_equal(array, exact[name]) for name, array in made(counted).items())
+    assert counted.products == 3 * 3  # a convolution and two linear layers: forward, by the weights, by the input
+    assert counted.totals == 3 + 2 * 4  # three biases; of two BatchNorms mean, variance and two gradients
+    assert all(0 < np.abs(plain[name] - exact[name]).max() <= 1e-5 for name in exact)

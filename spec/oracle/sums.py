@@ -1,4 +1,4 @@
-"""How the oracle adds up: as float64 does, or with the roundings of a narrower format drawn at random (S12.4)."""
+"""How the oracle adds up: as float64 does, or as a plain program does in a narrower format (S12.5)."""
 
 from __future__ import annotations
 

@@ -164,7 +164,8 @@ class Forcing:
             side.step(images, labels, decisions=decisions)
         sides = [(side.state(), side.opt_state()) for side in (self.follower, self.truth, self.plain)]
         ours, truth, plain, theirs = (self._results(state, *side) for side in (*sides, after))
-        ratios = error_ratios(ours, theirs, truth, plain=plain, dtype=self.pair.recipe.precision)
+        terms = self.pair.network.longest_sum(len(labels))
+        ratios = error_ratios(ours, theirs, truth, plain=plain, terms=terms, dtype=self.pair.recipe.precision)
         sizes = [abs(decided_on(own.activations, *flip)) for flip in flips]
         moved = {layer: self._moved(layer) for layer in {layer for layer, _ in flips}}
         self._note(ratios, sizes, [times(size, moved[layer]) for size, (layer, _) in zip(sizes, flips, strict=True)])
