@@ -18,10 +18,10 @@ import numpy as np
 
 from jax_impl.convert import to_canonical
 from jax_impl.optim import is_used, numbers_of
-from jax_impl.programs import check_fits, compile_programs
-from jax_impl.trainer import IMPLEMENTATION, put, span_of, wait
-from spec import params, run_directory, sweep
-from spec.batches import count, epoch_order
+from jax_impl.programs import check_fits
+from jax_impl.stepper import Stepper, span_of, wait
+from jax_impl.trainer import IMPLEMENTATION
+from spec import run_directory, sweep
 from spec.datasets import Dataset
 from spec.datasets.sizes import size_of
 from spec.display import Display
@@ -37,40 +37,27 @@ from spec.sweep import ManyFlags, Setting
 SUMMARY, TABLE, CHART = "summary.json", "table.md", "chart.png"
 
 
-class ManyTrainer:
+class ManyTrainer(Stepper):
     """Runs of `recipes`, which share a program (`program_key`), over `dataset`, compiled and ready on `device`."""
 
     def __init__(self, recipes: Sequence[Recipe], dataset: Dataset, device: jax.Device) -> None:
-        first, size = recipes[0], size_of(dataset)
+        super().__init__(recipes[0], dataset, device, runs=recipes)
         self.recipes = recipes
-        self.device = device
-        self.counts = count(first, size.num_train)
-        self.leaves = params.leaves(first.model, size.input_shape, params.num_outputs(first, size.num_classes))
-        self.train_split, self.test_split = put(dataset, first.preprocessing, device)
-        self._test_labels = dataset.test.labels if dataset.test else None
-        self._seeds = np.array([recipe.seed for recipe in recipes], np.uint32)
-        self._state, self._run_steps, self._evaluate, self.compile_seconds = compile_programs(
-            first, size, device, runs=recipes
-        )
 
     def events(self) -> Iterator[tuple[int, Event]]:
         """Run every epoch of all runs, yielding what happens in each, by its index."""
-        for epoch in range(1, self.recipes[0].epochs + 1):
+        for epoch in range(1, self.recipe.epochs + 1):
             start = time.perf_counter()
             stop = self.counts.steps_per_epoch
-            orders = [epoch_order(int(seed), epoch, self.counts.num_examples) for seed in self._seeds]
-            order = jax.device_put(np.stack(orders).astype(np.int32), self.device)
-            self._state, metrics = self._run_steps(
-                self._state, self.train_split, order, span_of(epoch, 0, stop), self._seeds
-            )
+            metrics = self._run(self._order(epoch), span_of(epoch, 0, stop))
             wait(metrics)
-            every = self.recipes[0].metrics.progress_every
+            every = self.recipe.metrics.progress_every
             for run, (losses, correct) in enumerate(zip(*map(np.asarray, metrics), strict=True)):
                 for first in range(0, stop, every):
                     steps = slice(first, min(first + every, stop))
                     figures = {"losses": losses[steps], "num_correct": correct[steps]}
                     yield run, StepsDone(epoch=epoch, start=steps.start, stop=steps.stop, **figures)
-            tests = self._tested()
+            tests = self._tests()
             seconds = time.perf_counter() - start
             for run, (losses, correct) in enumerate(tests):
                 yield run, EpochDone(epoch=epoch, seconds=seconds, test_losses=losses, test_correct=correct)
@@ -80,11 +67,11 @@ class ManyTrainer:
         trained, batch_stats = jax.tree.map(lambda leaf: np.asarray(leaf)[run], self._state[:2])
         return to_canonical(trained, batch_stats, self.leaves)
 
-    def _tested(self) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
-        if self.test_split is None:
+    def _tests(self) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        """Return each run's test losses and right answers; None without a test split."""
+        metrics = self._tested()
+        if metrics is None:
             return [(None, None)] * len(self.recipes)
-        metrics = self._evaluate(self._state, self.test_split)
-        wait(metrics)
         losses, predictions = map(np.asarray, metrics)
         return list(zip(losses, predictions == self._test_labels, strict=True))
 

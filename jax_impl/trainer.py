@@ -12,43 +12,22 @@ import numpy as np
 from jax_impl.background import in_background
 from jax_impl.compile_cache import keep_compiled_programs
 from jax_impl.convert import from_canonical, to_canonical
-from jax_impl.epoch import DeviceSplit, Span
+from jax_impl.epoch import Span
 from jax_impl.parallel import select_device
-from jax_impl.programs import Programs, compile_programs, precision_scope, stored_dtype
-from jax_impl.step import ExampleMetrics, StepMetrics, TrainState
-from spec import datasets, params
-from spec.batches import count, epoch_order
-from spec.datasets import Dataset, Split, preprocess
-from spec.datasets.dataset import value_table
+from jax_impl.programs import compile_programs, precision_scope, stored_dtype
+from jax_impl.step import StepMetrics
+from jax_impl.stepper import Stepper, span_of, wait
+from spec import datasets
+from spec.datasets import Dataset
 from spec.datasets.sizes import known_size, size_of
 from spec.errors import UserError
 from spec.history import EpochDone, Event, StepsDone
 from spec.program import Implementation
-from spec.recipe import Preprocessing, Recipe
-
-POLL_SECONDS = 0.0005
+from spec.recipe import Recipe
 
 
-class Trainer:
-    """One run of `recipe` over `dataset` (raw, as `spec.datasets.load` gives it), compiled and ready on `device`.
-
-    `programs` are those of `compile_programs`, made beforehand, else they are made here. Raises RecipeError or
-    DataError when the recipe and the data do not fit.
-    """
-
-    def __init__(
-        self, recipe: Recipe, dataset: Dataset, device: jax.Device, *, programs: Programs | None = None
-    ) -> None:
-        size = size_of(dataset)
-        self.recipe = recipe
-        self.device = device
-        self.counts = count(recipe, size.num_train)
-        self.leaves = params.leaves(recipe.model, size.input_shape, params.num_outputs(recipe, size.num_classes))
-        self.train_split, self.test_split = put(dataset, recipe.preprocessing, device)
-        self._test_labels = dataset.test.labels if dataset.test else None
-        self._position = (1, 0)
-        programs = programs or compile_programs(recipe, size, device)
-        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs
+class Trainer(Stepper):
+    """One run of `recipe` over `dataset`, compiled and ready on `device`."""
 
     def events(self, *, steps_per_call: int | None = None) -> Iterator[Event]:
         """Run every epoch, yielding what happens; `steps_per_call` steps (default: an epoch's) are one device program.
@@ -65,11 +44,8 @@ class Trainer:
 
     def evaluate(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
         """Return loss [n] and predicted class [n] of each test example as the state is now; None without a split."""
-        if self.test_split is None:
-            return None, None
-        metrics = self._evaluate(self._state, self.test_split)
-        wait(metrics)
-        return np.asarray(metrics.loss), np.asarray(metrics.prediction)
+        metrics = self._tested()
+        return (np.asarray(metrics.loss), np.asarray(metrics.prediction)) if metrics else (None, None)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the present parameters and running statistics, canonical names and layouts (`spec.params`)."""
@@ -82,36 +58,16 @@ class Trainer:
             trained, batch_stats = from_canonical(state, self.leaves, dtype=dtype, device=self.device)
         self._state = self._state._replace(params=trained, batch_stats=batch_stats)
 
-    def train(self, steps: int) -> None:
-        """Train `steps` steps on from where the last call stopped, over the ends of epochs, without evaluating, and
-        wait for the device: what a benchmark times."""
-        metrics = None
-        while steps > 0:
-            epoch, start = self._position
-            stop = min(start + steps, self.counts.steps_per_epoch)
-            self._state, metrics = self._run(self._order(epoch), span_of(epoch, start, stop))
-            self._position = (epoch, stop) if stop < self.counts.steps_per_epoch else (epoch + 1, 0)
-            steps -= stop - start
-        if metrics:
-            wait(metrics)
-
     def _run_epoch(self, epoch: int, steps_per_call: int) -> Iterator[StepsDone]:
         order = self._order(epoch)
         waiting: tuple[Span, StepMetrics] | None = None
         for start in range(0, self.counts.steps_per_epoch, steps_per_call):
             span = span_of(epoch, start, min(start + steps_per_call, self.counts.steps_per_epoch))
-            self._state, metrics = self._run(order, span)
+            metrics = self._run(order, span)
             if waiting:
                 yield _steps_done(*waiting)
             waiting = span, metrics
         yield _steps_done(*waiting)
-
-    def _run(self, order: jax.Array, span: Span) -> tuple[TrainState, StepMetrics]:
-        return self._run_steps(self._state, self.train_split, order, span, np.uint32(self.recipe.seed))
-
-    def _order(self, epoch: int) -> jax.Array:
-        order = epoch_order(self.recipe.seed, epoch, self.counts.num_examples)
-        return jax.device_put(order.astype(np.int32), self.device)
 
 
 def prepare(recipe: Recipe, device: jax.Device) -> Callable[[Dataset], Trainer]:
@@ -127,18 +83,6 @@ def prepare(recipe: Recipe, device: jax.Device) -> Callable[[Dataset], Trainer]:
     return trainer
 
 
-def put(dataset: Dataset, preprocessing: Preprocessing, device: jax.Device) -> tuple[DeviceSplit, DeviceSplit | None]:
-    """Return the training and the test split on `device`: bytes with the table of their values, or float32 values."""
-    table = value_table(preprocessing) if dataset.train.inputs.dtype == np.uint8 else None
-    ready = dataset if table is not None else preprocess(dataset, preprocessing)
-
-    def split(given: Split) -> DeviceSplit:
-        arrays = (np.ascontiguousarray(given.inputs), given.labels, table)
-        return DeviceSplit(*jax.device_put(arrays, device))
-
-    return split(ready.train), split(ready.test) if ready.test else None
-
-
 @contextlib.contextmanager
 def memory_explained() -> Iterator[None]:
     """Turn the device's refusal of memory into a UserError."""
@@ -151,17 +95,6 @@ def memory_explained() -> Iterator[None]:
             f"the device has too little memory: {str(error).splitlines()[0]}; use a smaller "
             "--batch-size or network, or fewer --seeds"
         ) from None
-
-
-def wait(metrics: StepMetrics | ExampleMetrics) -> None:
-    """Wait for the device in Python: an interrupt is not heard inside JAX's own waiting."""
-    while not all(leaf.is_ready() for leaf in metrics):
-        time.sleep(POLL_SECONDS)
-
-
-def span_of(epoch: int, start: int, stop: int) -> Span:
-    """Return the steps [start, stop) of an epoch."""
-    return Span(np.int32(epoch), np.int32(start), np.int32(stop))
 
 
 def _steps_done(span: Span, metrics: StepMetrics) -> StepsDone:

@@ -37,10 +37,9 @@ JAX_LAYERS = "jax_impl/layers.py"
 JAX_MODELS = "jax_impl/models.py"
 JAX_OBJECTIVE = "jax_impl/objective.py"
 JAX_OPTIM = "jax_impl/optim.py"
-JAX_MANY = "jax_impl/many.py"
 JAX_PROGRAMS = "jax_impl/programs.py"
 JAX_STEP = "jax_impl/step.py"
-JAX_TRAINER = "jax_impl/trainer.py"
+JAX_STEPPER = "jax_impl/stepper.py"
 TORCH_CONVERT = "torch_ref/convert.py"
 TORCH_DATA = "torch_ref/data.py"
 TORCH_MODELS = "torch_ref/models.py"
@@ -292,9 +291,9 @@ S2 = (
         name="jax-order-off-by-one-epoch",
         clause="S2",
         says="each epoch has the order of the next",
-        path=JAX_TRAINER,
-        old="epoch_order(self.recipe.seed, epoch, self.counts.num_examples)",
-        new="epoch_order(self.recipe.seed, epoch + 1, self.counts.num_examples)",
+        path=JAX_STEPPER,
+        old="epoch_order(int(seed), epoch, self.counts.num_examples)",
+        new="epoch_order(int(seed), epoch + 1, self.counts.num_examples)",
         tests=(EPOCH_TESTS,),
         only="plain_loop",
     ),
@@ -312,9 +311,9 @@ S2 = (
         name="jax-same-order-every-epoch",
         clause="S2",
         says="each epoch has the order of the first",
-        path=JAX_TRAINER,
-        old="epoch_order(self.recipe.seed, epoch, self.counts.num_examples)",
-        new="epoch_order(self.recipe.seed, 1, self.counts.num_examples)",
+        path=JAX_STEPPER,
+        old="epoch_order(int(seed), epoch, self.counts.num_examples)",
+        new="epoch_order(int(seed), 1, self.counts.num_examples)",
         tests=(EPOCH_TESTS,),
         only="plain_loop",
     ),
@@ -1764,9 +1763,9 @@ S9 = (
         name="jax-many-runs-share-an-order",
         clause="S9",
         says="runs trained together take the examples in the first one's order",
-        path=JAX_MANY,
-        old="for seed in self._seeds]",
-        new="for seed in self._seeds[:1].repeat(len(self._seeds))]",
+        path=JAX_STEPPER,
+        old="for seed in np.atleast_1d(self._seeds)]",
+        new="for seed in [np.min(self._seeds)] * self._seeds.size]",
         tests=(MANY_TESTS,),
         only="trained_together",
     ),
@@ -1774,9 +1773,9 @@ S9 = (
         name="jax-many-runs-share-their-masks",
         clause="S9",
         says="runs trained together drop the same units",
-        path=JAX_MANY,
-        old="span_of(epoch, 0, stop), self._seeds",
-        new="span_of(epoch, 0, stop), np.zeros_like(self._seeds)",
+        path=JAX_STEPPER,
+        old="order, span, self._seeds)",
+        new="order, span, np.zeros_like(self._seeds))",
         tests=(MANY_TESTS,),
         only="trained_together",
     ),
@@ -1784,10 +1783,10 @@ S9 = (
         name="jax-momentum-kept-across-runs",
         clause="S9",
         says="a run begins with the buffers of the run before it in the same process",
-        path=JAX_TRAINER,
+        path=JAX_STEPPER,
         old="        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs\n",
         new="        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs\n"
-        "        last, Trainer.last = getattr(Trainer, 'last', None), self\n"
+        "        last, Stepper.last = getattr(Stepper, 'last', None), self\n"
         "        if last is not None and (last.leaves, last.recipe.optimizer, last.recipe.precision) == (\n"
         "            self.leaves, recipe.optimizer, recipe.precision\n"
         "        ):\n"

@@ -1,0 +1,106 @@
+"""The state of a run on a device, or of several in one program, and the compiled programs that move it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jax_impl.epoch import DeviceSplit, Span
+from jax_impl.programs import Programs, compile_programs
+from jax_impl.step import ExampleMetrics, StepMetrics
+from spec import params
+from spec.batches import count, epoch_order
+from spec.datasets import Dataset, Split, preprocess
+from spec.datasets.dataset import value_table
+from spec.datasets.sizes import size_of
+from spec.recipe import Preprocessing, Recipe
+
+POLL_SECONDS = 0.0005
+
+
+class Stepper:
+    """One run of `recipe` over `dataset` (raw, as `spec.datasets.load` gives it), compiled and ready on `device`.
+
+    Given `runs`, recipes that differ from `recipe` in seed and the optimiser's numbers alone, it is all of those, and
+    every array of state, order and metrics has a leading axis of runs. `programs` are those of `compile_programs`, made
+    beforehand, else they are made here. Raises RecipeError or DataError when the recipe and the data do not fit.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        device: jax.Device,
+        *,
+        runs: Sequence[Recipe] | None = None,
+        programs: Programs | None = None,
+    ) -> None:
+        size = size_of(dataset)
+        self.recipe = recipe
+        self.device = device
+        self.counts = count(recipe, size.num_train)
+        self.leaves = params.leaves(recipe.model, size.input_shape, params.num_outputs(recipe, size.num_classes))
+        self.train_split, self.test_split = put(dataset, recipe.preprocessing, device)
+        self._test_labels = dataset.test.labels if dataset.test else None
+        self._seeds = np.array([run.seed for run in runs] if runs else recipe.seed, np.uint32)
+        self._position = (1, 0)
+        programs = programs or compile_programs(recipe, size, device, runs=runs)
+        self._state, self._run_steps, self._evaluate, self.compile_seconds = programs
+
+    def train(self, steps: int) -> None:
+        """Train `steps` steps on from where the last call stopped, over the ends of epochs, without evaluating, and
+        wait for the device: what a benchmark times."""
+        metrics = None
+        while steps > 0:
+            epoch, start = self._position
+            stop = min(start + steps, self.counts.steps_per_epoch)
+            metrics = self._run(self._order(epoch), span_of(epoch, start, stop))
+            self._position = (epoch, stop) if stop < self.counts.steps_per_epoch else (epoch + 1, 0)
+            steps -= stop - start
+        if metrics:
+            wait(metrics)
+
+    def _order(self, epoch: int) -> jax.Array:
+        """Return the order of the epoch's examples, int32 [n] or [runs, n], on the device."""
+        orders = [epoch_order(int(seed), epoch, self.counts.num_examples) for seed in np.atleast_1d(self._seeds)]
+        order = np.stack(orders).astype(np.int32).reshape(*self._seeds.shape, -1)
+        return jax.device_put(order, self.device)
+
+    def _run(self, order: jax.Array, span: Span) -> StepMetrics:
+        """Move the state by the steps of `span`; return their metrics, which may still be on their way."""
+        self._state, metrics = self._run_steps(self._state, self.train_split, order, span, self._seeds)
+        return metrics
+
+    def _tested(self) -> ExampleMetrics | None:
+        """Return what the test split's examples come to as the state is now; None without a split."""
+        if self.test_split is None:
+            return None
+        metrics = self._evaluate(self._state, self.test_split)
+        wait(metrics)
+        return metrics
+
+
+def put(dataset: Dataset, preprocessing: Preprocessing, device: jax.Device) -> tuple[DeviceSplit, DeviceSplit | None]:
+    """Return the training and the test split on `device`: bytes with the table of their values, or float32 values."""
+    table = value_table(preprocessing) if dataset.train.inputs.dtype == np.uint8 else None
+    ready = dataset if table is not None else preprocess(dataset, preprocessing)
+
+    def split(given: Split) -> DeviceSplit:
+        arrays = (np.ascontiguousarray(given.inputs), given.labels, table)
+        return DeviceSplit(*jax.device_put(arrays, device))
+
+    return split(ready.train), split(ready.test) if ready.test else None
+
+
+def wait(metrics: StepMetrics | ExampleMetrics) -> None:
+    """Wait for the device in Python: an interrupt is not heard inside JAX's own waiting."""
+    while not all(leaf.is_ready() for leaf in metrics):
+        time.sleep(POLL_SECONDS)
+
+
+def span_of(epoch: int, start: int, stop: int) -> Span:
+    """Return the steps [start, stop) of an epoch."""
+    return Span(np.int32(epoch), np.int32(start), np.int32(stop))
