@@ -1,25 +1,30 @@
 """Programs that train a recipe on JAX, for the benchmark: `python -m jax_impl.baselines NAME RECIPE` serves one.
 
-`ours` is `jax_impl.trainer`'s epoch program. `stock` is the loop that Flax's own documentation shows: its modules, its
-optimiser and metrics, one `nnx.jit` a step, batches gathered by NumPy. `keras` is Keras 3 on the JAX backend, `fit` on
-arrays in memory; it needs the extra keras.
+`ours` is `jax_impl.trainer`'s epoch program, `many` the same of several seeds at once. `stock` is the loop that Flax's
+documentation shows: its modules, its optimiser and metrics, one `nnx.jit` a step, batches gathered by NumPy. `keras` is
+Keras 3 on the JAX backend, `fit` on arrays in memory, with the extra keras.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
 from jax_impl.convert import from_canonical
 from jax_impl.parallel import select_device
-from jax_impl.trainer import Trainer
+from jax_impl.profile import operation_seconds
+from jax_impl.stepper import Stepper
 from spec import bench_worker, datasets, params
 from spec import recipe as recipes
 from spec.batches import count, epoch_order
@@ -29,30 +34,61 @@ from spec.recipe import Model, Recipe
 
 
 class Ours:
-    """The compiled epoch."""
+    """The compiled epoch; with `seeds`, that of as many runs in one program."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.device = select_device(None)
+    def __init__(self, recipe: Recipe, device: jax.Device, *, seeds: int | None = None) -> None:
+        self.recipe, self._device, self.seeds = recipe, device, seeds
         self.dataset = datasets.load(recipe.data)
-        self.trainer = Trainer(recipe, self.dataset, self.device)
+        self.stepper = self._start(recipe)
 
     def first_losses(self, steps: int) -> list[float]:
-        """Return the losses of the first steps, without dropout."""
-        trainer = Trainer(without_dropout(self.recipe), self.dataset, self.device)
-        done = next(trainer.events(steps_per_call=steps))
-        return done.losses.tolist()
+        """Return the losses of the first steps, without dropout; of several runs those of the first."""
+        losses = np.asarray(self._start(without_dropout(self.recipe)).train(steps).loss)
+        return losses.reshape(-1, losses.shape[-1])[0, :steps].tolist()
 
     def train(self, steps: int) -> None:
-        """Train `steps` more steps."""
-        self.trainer.train(steps)
+        """Train `steps` more steps, of each run."""
+        self.stepper.train(steps)
+
+    def device(self) -> dict[str, str]:
+        """Return the platform and the kind of the device."""
+        return {"platform": self._device.platform, "kind": self._device.device_kind}
+
+    def matmul_rate(self) -> float:
+        """Return the device's float32 matmul rate, FLOP/s: the best of five products of square matrices.
+
+        On a CPU it is that of NumPy's BLAS.
+        """
+        on_cpu = self._device.platform == "cpu"
+        size = 2048 if on_cpu else 8192
+        square = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+        product = np.matmul
+        if not on_cpu:
+            square = jax.device_put(square, self._device)
+            product = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+            product(square, square).block_until_ready()
+        return 2 * size**3 / min(_seconds(lambda: jax.block_until_ready(product(square, square))) for _ in range(5))
+
+    def profile(self, steps: int) -> dict[str, float]:
+        """Train `steps` more steps; return the seconds of each kind of operation."""
+        return operation_seconds(lambda: self.train(steps))
+
+    def _start(self, recipe: Recipe) -> Stepper:
+        runs = self.seeds and [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(self.seeds)]
+        return Stepper(recipe, self.dataset, self._device, runs=runs)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 class Stock:
     """The documented Flax loop."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, device: jax.Device) -> None:
+        self.recipe, self.device = recipe, device
         dataset = datasets.load(recipe.data)
         self.shape, self.outputs = dataset.input_shape, params.num_outputs(recipe, dataset.num_classes)
         self.counts = count(recipe, len(dataset.train.labels))
@@ -80,7 +116,7 @@ class Stock:
         model = model or StockMLP(recipe.model, self.shape, self.outputs)
         leaves = params.leaves(recipe.model, self.shape, self.outputs)
         initial = params.initial_state(leaves, recipe.init, recipe.seed)
-        trained, _ = from_canonical(initial, leaves, dtype=np.float32, device=select_device(None))
+        trained, _ = from_canonical(initial, leaves, dtype=np.float32, device=self.device)
         nnx.update(model, trained)
         optimizer = nnx.Optimizer(model, sgd(recipe), wrt=nnx.Param)
         return model, optimizer, nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"))
@@ -165,8 +201,8 @@ def sgd(recipe: Recipe) -> optax.GradientTransformation:
 class Keras:
     """Keras 3's `fit` on arrays in memory."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, device: jax.Device) -> None:
+        self.recipe, self.device = recipe, device
         dataset = datasets.load(recipe.data)
         self.shape, self.outputs = dataset.input_shape, params.num_outputs(recipe, dataset.num_classes)
         self.counts = count(recipe, len(dataset.train.labels))
@@ -205,7 +241,7 @@ class Keras:
         model = keras.Sequential([keras.Input(self.shape), *self._layers(recipe.model)])
         leaves = params.leaves(recipe.model, self.shape, self.outputs)
         initial = params.initial_state(leaves, recipe.init, recipe.seed)
-        trained, _ = from_canonical(initial, leaves, dtype=np.float32, device=select_device(None))
+        trained, _ = from_canonical(initial, leaves, dtype=np.float32, device=self.device)
         for name, arrays in trained.items():
             own = {variable.name: variable for variable in model.get_layer(name).trainable_variables}
             for key, array in arrays.items():
@@ -240,7 +276,7 @@ class Keras:
         yield layers.Dense(self.outputs, use_bias=model.bias is not False, name=last)
 
 
-PROGRAMS = {"ours": Ours, "stock": Stock, "keras": Keras}
+PROGRAMS = {"ours": Ours, "many": Ours, "stock": Stock, "keras": Keras}
 
 
 def main() -> None:
@@ -248,12 +284,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jax_impl.baselines", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", choices=PROGRAMS)
     parser.add_argument("recipe", help="a recipe's name or file")
+    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"))
+    parser.add_argument("--seeds", type=int, help="the runs of `many`")
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
     if arguments.name == "keras":
         require("keras", extra="keras")
         os.environ["KERAS_BACKEND"] = "jax"
-    bench_worker.serve(lambda: PROGRAMS[arguments.name](recipe))
+    options = {"seeds": arguments.seeds} if arguments.name == "many" else {}
+    bench_worker.serve(lambda: PROGRAMS[arguments.name](recipe, select_device(arguments.platform), **options))
 
 
 if __name__ == "__main__":

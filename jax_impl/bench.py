@@ -2,8 +2,9 @@
 
 Each program is a process of its own. They take turns, so that the machine's drift meets all alike, and what is reported
 are ratios, turn by turn. Before that each must show our first losses. Getting ready, compilation included, is apart.
-The floor is the operations of the products (`spec.flops`) over the machine's own float32 matmul peak, measured beside;
-efficiency is floor over time.
+The floor is the operations of the products (`spec.flops`) over the device's own float32 matmul peak, measured beside;
+efficiency is floor over time. With `--seeds N` it is N runs in one program beside the same runs one after the other;
+with `--process` whole processes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -46,11 +46,16 @@ BASELINES = {
     "stock": "the loop of Flax's documentation",
     "keras": "Keras 3 on the JAX backend, fit",
 }
-ON_JAX = ("ours", "stock", "keras")
+ON_JAX = ("ours", "many", "stock", "keras")
+WHAT = {"ours": "the epoch program of jax_impl"} | BASELINES | {"alone": "as many runs, one after the other"}
+# JAX takes three quarters of a GPU's memory when it starts; here several programs share it.
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 RESULTS = Path("results") / "bench.json"
 # So few steps that rounding alone tells the losses apart. A CNN's pools have ties, which rounding decides (S9.6): two
 # torch programs of it are 3e-4 apart after three steps and 5e-3 after eight (measured).
 CHECKED_STEPS = {"mlp": 20, "cnn": 4}
+PROFILED = 10
+CPU = {"platform": "cpu", "kind": "cpu"}
 LOSS_TOLERANCE = 1e-3
 PACKAGES = ("jax", "flax", "torch", "keras")
 WIDTH = 150  # of the table where no terminal says how wide it is
@@ -62,8 +67,9 @@ def main() -> None:
     flags = _parser().parse_args()
     recipe = recipes.load(flags.recipe)
     _check(flags, recipe)
-    flags.against = flags.against or default_baselines(recipe)
-    report = (compare_processes if flags.process else compare)(recipe, flags)
+    flags.against = flags.against or default_baselines(recipe, flags.platform)
+    compared = compare_processes if flags.process else compare_seeds if flags.seeds else compare
+    report = compared(recipe, flags)
     show(report)
     if flags.json:
         _write(flags.json, report)
@@ -75,22 +81,47 @@ def main() -> None:
 
 def compare(recipe: Recipe, flags: argparse.Namespace) -> dict:
     """Return the report of the programs' turns: `steps` steps each, after one turn that does not count."""
-    steps, operations = extent(recipe, flags.steps)
     with contextlib.ExitStack() as stack:
-        programs = [stack.enter_context(worker(name, command(name, flags.recipe))) for name in ("ours", *flags.against)]
-        check_equal_work(CHECKED_STEPS[recipe.model.name], *programs)
-        turns, peaks = take_turns(programs, steps, flags.pairs)
-        ready = {program.name: program.ready_seconds for program in programs}
-        memory = {program.name: program.peak_bytes for program in programs}
+        ours = _start(stack, "ours", flags.recipe, flags.platform)
+        device = ours.ask("device")
+        others = {name: _start(stack, name, flags.recipe, device["platform"]) for name in flags.against}
+        workers = {"ours": ours} | others
+        times = {name: program.seconds for name, program in workers.items()}
+        return {"recipe": recipe.name} | _timed(recipe, workers, times, flags) | origin(device)
+
+
+def compare_seeds(recipe: Recipe, flags: argparse.Namespace) -> dict:
+    """Return the report of `seeds` runs in one program beside as many one after the other, in turn: `steps` steps each.
+
+    Those that come one after the other are one program of a single run, for as many steps as all the runs have.
+    """
+    with contextlib.ExitStack() as stack:
+        many = _start(stack, "many", flags.recipe, flags.platform, seeds=flags.seeds)
+        device = many.ask("device")
+        alone = _start(stack, "ours", flags.recipe, device["platform"])
+        times = {"ours": many.seconds, "alone": lambda steps: alone.seconds(steps * flags.seeds)}
+        timed = _timed(recipe, {"ours": many, "alone": alone}, times, flags)
+        timed["flops"] *= flags.seeds
+        return {"recipe": recipe.name, "seeds": flags.seeds} | timed | origin(device)
+
+
+def _timed(
+    recipe: Recipe,
+    workers: Mapping[str, Worker],
+    times: Mapping[str, Callable[[int], float]],
+    flags: argparse.Namespace,
+) -> dict:
+    """Return what the turns of the workers give, and with `--profile` what a turn of ours was spent on."""
+    size, ours = extent(recipe, flags.steps), workers["ours"]
+    check_equal_work(CHECKED_STEPS[recipe.model.name], workers)
+    seconds, rates = take_turns(times, size["steps"], flags.pairs, ours)
     return {
-        "recipe": recipe.name,
-        "steps": steps,
-        "flops": operations,
-        "matmul_flops_per_second": peaks,
-        "seconds": {name: [turn[name] for turn in turns] for name in ready},
-        "ready_seconds": ready,
-        "peak_bytes": memory,
-        **origin(),
+        **size,
+        "matmul_flops_per_second": rates,
+        "seconds": seconds,
+        "ready_seconds": {name: program.ready_seconds for name, program in workers.items()},
+        "peak_bytes": {name: program.peak_bytes for name, program in workers.items()},
+        **({"profile": ours.ask("profile", size["steps"])} if flags.profile else {}),
     }
 
 
@@ -110,59 +141,66 @@ def compare_processes(recipe: Recipe, flags: argparse.Namespace) -> dict:
                 seconds["ours"].append(_whole_process("jax_impl.train", flags.recipe, place))
             taken = {name: each[-1] for name, each in seconds.items()}
             console.print(f"turn {turn + 1} of {flags.pairs}: {_said(taken)}")
-    return {"recipe": recipe.name, "process": flags.process, "seconds": seconds, **origin()}
+    return {"recipe": recipe.name, "process": flags.process, "seconds": seconds, **origin(CPU)}
 
 
-def extent(recipe: Recipe, steps: int | None) -> tuple[int, int]:
-    """Return the steps of a turn, an epoch's unless given, and the operations of their products."""
+def extent(recipe: Recipe, steps: int | None) -> dict[str, int]:
+    """Return the steps of a turn (an epoch's unless given) and of an epoch, and the operations of a turn's products."""
     dataset = datasets.load(recipe.data)
     counts = count(recipe, len(dataset.train.labels))
     examples = steps * recipe.batch_size if steps else counts.examples_per_epoch
     outputs = params.num_outputs(recipe, dataset.num_classes)
-    return steps or counts.steps_per_epoch, examples * flops.training_flops(recipe.model, dataset.input_shape, outputs)
+    operations = examples * flops.training_flops(recipe.model, dataset.input_shape, outputs)
+    return {"steps": steps or counts.steps_per_epoch, "steps_per_epoch": counts.steps_per_epoch, "flops": operations}
 
 
-def command(name: str, recipe: str) -> list[str]:
-    """Return the command that starts a program's worker."""
-    return [sys.executable, "-m", "jax_impl.baselines" if name in ON_JAX else "torch_ref.baselines", name, recipe]
+def command(name: str, recipe: str, platform: str | None, *, seeds: int | None = None) -> list[str]:
+    """Return the command that starts a program's worker on a platform, or where JAX finds best."""
+    module = "jax_impl.baselines" if name in ON_JAX else "torch_ref.baselines"
+    options = {"--platform": platform, "--seeds": seeds and str(seeds)}
+    given = [part for flag, value in options.items() if value for part in (flag, value)]
+    return [sys.executable, "-m", module, name, recipe, *given]
 
 
-def check_equal_work(steps: int, ours: Worker, *others: Worker) -> None:
+def _start(
+    stack: contextlib.ExitStack, name: str, recipe: str, platform: str | None, *, seeds: int | None = None
+) -> Worker:
+    return stack.enter_context(worker(name, command(name, recipe, platform, seeds=seeds), ENVIRONMENT))
+
+
+def check_equal_work(steps: int, workers: Mapping[str, Worker]) -> None:
     """Raise UserError unless every program gives our losses in the first `steps` steps."""
-    expected = ours.first_losses(steps)
-    for other in others:
-        for step, (one, two) in enumerate(zip(expected, other.first_losses(steps), strict=True)):
+    losses = {name: program.first_losses(steps) for name, program in workers.items()}
+    for name, theirs in losses.items():
+        for step, (one, two) in enumerate(zip(losses["ours"], theirs, strict=True)):
             if not math.isclose(one, two, rel_tol=LOSS_TOLERANCE):
                 raise UserError(
-                    f"{other.name} does other work: its loss at step {step} is {two:.6f}, ours {one:.6f}; "
-                    "nothing was timed"
+                    f"{name} does other work: its loss at step {step} is {two:.6f}, ours {one:.6f}; nothing was timed"
                 )
-    console.print(f"the first {steps} losses of all {len(others) + 1} programs are the same")
+    console.print(f"the first {steps} losses of all {len(workers)} programs are the same")
 
 
-def take_turns(programs: Sequence[Worker], steps: int, turns: int) -> tuple[list[dict[str, float]], list[float]]:
-    """Return every turn's seconds by program, and the matmul rate at each, FLOP/s. A first turn is not counted."""
-    taken, peaks = [], []
+def take_turns(
+    programs: Mapping[str, Callable[[int], float]], steps: int, turns: int, ours: Worker
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Return each program's seconds, turn by turn, and the device's matmul rate at each, FLOP/s.
+
+    A first turn is not counted.
+    """
+    names = list(programs)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    peaks = []
     for turn in range(turns + 1):
-        first = turn % len(programs)  # each is the first in turn, for what came before may leave the machine warm
-        measured = {program.name: program.seconds(steps) for program in (*programs[first:], *programs[:first])}
-        seconds = {program.name: measured[program.name] for program in programs}
-        console.print(f"{f'turn {turn} of {turns}' if turn else 'warming up'}: {_said(seconds)}")
+        first = turn % len(names)  # each is the first in turn, for what came before may leave the machine warm
+        measured = {name: programs[name](steps) for name in (*names[first:], *names[:first])}
+        console.print(
+            f"{f'turn {turn} of {turns}' if turn else 'warming up'}: {_said({name: measured[name] for name in names})}"
+        )
         if turn:
-            taken.append(seconds)
-            peaks.append(matmul_rate())
+            for name, seconds in measured.items():
+                taken[name].append(seconds)
+            peaks.append(ours.ask("matmul_rate"))
     return taken, peaks
-
-
-def matmul_rate(size: int = 2048) -> float:
-    """Return the machine's float32 matmul rate, FLOP/s: the best of five products of [size, size]."""
-    square = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        square @ square
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def ratios(report: Mapping, name: str) -> list[float]:
@@ -177,18 +215,38 @@ def efficiency(report: Mapping) -> float:
 
 def show(report: Mapping) -> None:
     """Print the report: medians, and in brackets the smallest and the largest."""
-    table = Table("program", "what", "seconds", "over ours", "ready in, s", "memory, MB")
+    table = Table("program", "what", "seconds", "over ours", "ms an epoch", "us a step", "ready in, s", "memory, MB")
     for name, seconds in report["seconds"].items():
-        what = BASELINES.get(name, "the epoch program of jax_impl")
         over = "1" if name == "ours" else f"[bold]{_range(ratios(report, name), 2)}[/]"
         ready = f"{report['ready_seconds'][name]:.1f}" if "ready_seconds" in report else "-"
         memory = f"{report['peak_bytes'][name] / 1e6:,.0f}" if "peak_bytes" in report else "-"
-        table.add_row(name, what, _range(seconds, 3), over, ready, memory)
+        table.add_row(name, WHAT[name], _range(seconds, 3), over, *_absolute(report, name), ready, memory)
     console.print(table)
+    console.print(f"on {report['machine']}")
     if "flops" in report:
         rate = max(report["matmul_flops_per_second"]) / 1e9
         console.print(f"{report['flops'] / 1e9:,.1f} GFLOP a turn, float32 matmul at {rate:,.0f} GFLOP/s at best")
         console.print(f"efficiency, floor over time: {efficiency(report):.0%}")
+    if "profile" in report:
+        _show_profile(report["profile"], report["steps"])
+
+
+def _absolute(report: Mapping, name: str) -> tuple[str, str]:
+    """Return the milliseconds of an epoch and the microseconds of a step, of all runs of the program together."""
+    if "steps" not in report:
+        return "-", "-"
+    step = statistics.median(report["seconds"][name]) / report["steps"]
+    return f"{1e3 * step * report['steps_per_epoch']:,.1f}", f"{1e6 * step:,.1f}"
+
+
+def _show_profile(profile: Mapping[str, float], steps: int) -> None:
+    """Print what the longest operations of a turn of ours took, and the rest together."""
+    longest, total = list(profile.items())[:PROFILED], sum(profile.values())
+    rest = total - sum(seconds for _, seconds in longest)
+    table = Table("operation of ours", "us a step", "share", title="by the profiler, which itself costs time")
+    for name, seconds in (*longest, ("the rest", rest)):
+        table.add_row(name, f"{1e6 * seconds / steps:,.1f}", f"{seconds / total:.0%}")
+    console.print(table)
 
 
 def chart(report: Mapping, path: Path) -> None:
@@ -202,7 +260,7 @@ def chart(report: Mapping, path: Path) -> None:
     above = [max(drawn[name]) - median for median, name in zip(medians, names, strict=True)]
     figure = Figure(figsize=(9, 1.4 + 0.5 * len(names)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([BASELINES[name] for name in names], medians, xerr=[below, above], color="#4878a8", capsize=3)
+    axes.barh([WHAT[name] for name in names], medians, xerr=[below, above], color="#4878a8", capsize=3)
     axes.axvline(1, color="black", linewidth=1)
     for index, (median, more) in enumerate(zip(medians, above, strict=True)):
         axes.annotate(f"{median:.1f}", (median + more, index), xytext=(6, 0), textcoords="offset points", va="center")
@@ -223,31 +281,44 @@ def load_results(root: Path = Path()) -> dict[str, dict]:
 
 def key(report: Mapping) -> str:
     """Return the name under which a report is kept."""
-    return report["recipe"] + (f", whole process, {report['process']}" if "process" in report else "")
+    process = f", whole process, {report['process']}" if "process" in report else ""
+    seeds = f", {report['seeds']} seeds" if "seeds" in report else ""
+    return (
+        report["recipe"]
+        + process
+        + seeds
+        + ("" if report.get("platform", "cpu") == "cpu" else f", {report['platform']}")
+    )
 
 
 def table(results: Mapping[str, dict]) -> str:
     """Return the kept reports as a Markdown table, a column each: time over ours, median (smallest to largest)."""
+    reports = list(results.values())
     rows = [
-        [what, *(_range(ratios(report, name), 2) if name in report["seconds"] else "-" for report in results.values())]
-        for name, what in BASELINES.items()
+        [what, *(_range(ratios(report, name), 2) if name in report["seconds"] else "-" for report in reports)]
+        for name, what in WHAT.items()
+        if name != "ours"
     ]
-    own = [f"{statistics.median(report['seconds']['ours']):.3f}" for report in results.values()]
-    share = [f"{efficiency(report):.0%}" if "flops" in report else "-" for report in results.values()]
-    memory = [
-        f"{report['peak_bytes']['ours'] / 1e6:,.0f}" if "peak_bytes" in report else "-" for report in results.values()
-    ]
-    steps = [f"{report['steps']:,} steps" if "steps" in report else "-" for report in results.values()]
-    turns = [str(len(report["seconds"]["ours"])) for report in results.values()]
-    rows += [["ours, s", *own], ["in", *steps], ["efficiency", *share], ["ours, peak MB", *memory], ["turns", *turns]]
+    own = {
+        "ours, s": lambda report: f"{statistics.median(report['seconds']['ours']):.3f}",
+        "in": lambda report: f"{report['steps']:,} steps" if "steps" in report else "-",
+        "ours, ms an epoch": lambda report: _absolute(report, "ours")[0],
+        "ours, us a step": lambda report: _absolute(report, "ours")[1],
+        "efficiency": lambda report: f"{efficiency(report):.0%}" if "flops" in report else "-",
+        "ours, peak MB": lambda report: f"{report['peak_bytes']['ours'] / 1e6:,.0f}" if "peak_bytes" in report else "-",
+        "turns": lambda report: str(len(report["seconds"]["ours"])),
+    }
+    rows += [[what, *map(say, reports)] for what, say in own.items()]
     return markdown_table(["time over ours", *(f"`{name}`" for name in results)], rows)
 
 
-def origin() -> dict:
-    """Return where and when: date, machine, versions."""
+def origin(device: Mapping[str, str]) -> dict:
+    """Return where and when: date, platform, machine, versions."""
     there = [name for name in PACKAGES if importlib.util.find_spec(name)]
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in there}
-    return {"date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} CPU cores", "versions": versions}
+    machine = f"{os.cpu_count()} CPU cores"
+    machine = machine if device["platform"] == "cpu" else f"{device['kind']}, {machine}"
+    return {"date": time.strftime("%Y-%m-%d"), "platform": device["platform"], "machine": machine, "versions": versions}
 
 
 def _cache_in(folder: str) -> dict[str, str]:
@@ -274,7 +345,7 @@ def _whole_process(module: str, recipe: str, compiled: str | None) -> float:
 
 def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
     """Raise UserError for flags that cannot be, before anything starts."""
-    for name in ("pairs", "steps"):
+    for name in ("pairs", "steps", "seeds"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)} must be 1 or more")
     for name in flags.against or ():
@@ -285,9 +356,12 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
         for package, extra in _needs(name):
             require(package, extra=extra)
     if flags.process:
-        if flags.steps is not None or flags.against:
-            raise UserError("--process times the whole of ours and of the lesson's; leave out --steps and --against")
+        given = [name for name in ("steps", "against", "seeds", "profile", "platform") if getattr(flags, name)]
+        if given:
+            raise UserError(f"--process times the whole of ours and of the lesson's; leave out --{given[0]}")
         require("torch", extra="torch")
+    if flags.seeds and flags.against:
+        raise UserError("--seeds times our runs together and one after the other; leave out --against")
     if (flags.process or "lesson" in (flags.against or ())) and not _is_a_lesson(recipe):
         raise UserError(
             f"{recipe.name} reads {recipe.data.name} and minimises {recipe.loss.name}, {recipe.loss.reduction}; the "
@@ -304,11 +378,12 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
         require("matplotlib", extra="plot")
 
 
-def default_baselines(recipe: Recipe) -> list[str]:
-    """Return the programs that are installed here and train this recipe."""
+def default_baselines(recipe: Recipe, platform: str | None) -> list[str]:
+    """Return the programs that are installed here and train this recipe; torch has no TPU."""
     installed = [name for name in BASELINES if all(importlib.util.find_spec(package) for package, _ in _needs(name))]
     left_out = set() if recipe.model.name == "cnn" else {"channels_last"}
     left_out |= set() if _is_a_lesson(recipe) else {"lesson"}
+    left_out |= set(BASELINES).difference(ON_JAX) if platform == "tpu" else set()
     return [name for name in installed if name not in left_out]
 
 
@@ -345,6 +420,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pairs", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--steps", type=int, help="steps a turn (default: an epoch's)")
+    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="default: an accelerator if there is one")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="instead: N runs in one program, and the same runs one after the other"
+    )
+    parser.add_argument("--profile", action="store_true", help="say what operations a turn of ours was spent on")
     parser.add_argument(
         "--process",
         choices=("cold", "warm"),

@@ -50,18 +50,21 @@ class Stepper:
         programs = programs or compile_programs(recipe, size, device, runs=runs)
         self._state, self._run_steps, self._evaluate, self.compile_seconds = programs
 
-    def train(self, steps: int) -> None:
-        """Train `steps` steps on from where the last call stopped, over the ends of epochs, without evaluating, and
-        wait for the device: what a benchmark times."""
-        metrics = None
+    def train(self, steps: int) -> StepMetrics:
+        """Train `steps` steps (1 or more) on from where the last call stopped, over the ends of epochs, without
+        evaluating, and wait for the device: what a benchmark times.
+
+        Return the metrics of the last epoch that it came to, on the device, each [steps of an epoch]: what this call
+        did not make is 0.
+        """
         while steps > 0:
             epoch, start = self._position
             stop = min(start + steps, self.counts.steps_per_epoch)
             metrics = self._run(self._order(epoch), span_of(epoch, start, stop))
             self._position = (epoch, stop) if stop < self.counts.steps_per_epoch else (epoch + 1, 0)
             steps -= stop - start
-        if metrics:
-            wait(metrics)
+        wait(metrics)
+        return metrics
 
     def _order(self, epoch: int) -> jax.Array:
         """Return the order of the epoch's examples, int32 [n] or [runs, n], on the device."""

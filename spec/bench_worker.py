@@ -1,7 +1,8 @@
 """What a benchmark times: programs that train one recipe, each in a process of its own, one at work at a time.
 
 A process of its own gives each program its own threads, memory and compiler, so none is slowed by what another left.
-The driver writes one request a line, a JSON object, to the worker's standard input, and reads one answer a line.
+The driver writes one request a line, a JSON object that names a method and its arguments, to the worker's standard
+input, and reads one answer a line.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -48,7 +49,7 @@ def serve(make: Callable[[], Program]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
-        given = getattr(program, request["do"])(request["steps"])
+        given = getattr(program, request["do"])(*request["arguments"])
         seconds = time.perf_counter() - start
         _answer(answers, given=given, seconds=seconds, peak_bytes=peak_bytes())
 
@@ -83,15 +84,19 @@ class Worker:
 
     def first_losses(self, steps: int) -> list[float]:
         """Return the program's `first_losses`."""
-        return self._ask("first_losses", steps)["given"]
+        return self.ask("first_losses", steps)
 
     def seconds(self, steps: int) -> float:
         """Train `steps` steps; return the seconds that took, measured in the worker."""
-        return self._ask("train", steps)["seconds"]
+        return self._request("train", steps)["seconds"]
 
-    def _ask(self, do: str, steps: int) -> dict:
+    def ask(self, do: str, *arguments: int) -> Any:
+        """Return what the program's method `do` returns."""
+        return self._request(do, *arguments)["given"]
+
+    def _request(self, do: str, *arguments: int) -> dict:
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"do": do, "steps": steps}) + "\n")
+            self._process.stdin.write(json.dumps({"do": do, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
         answer = self._read()
         self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
@@ -107,11 +112,20 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker(name: str, command: Sequence[str]) -> Iterator[Worker]:
-    """Run the body with a worker started by `command`; it ends with the body. UserError when it does not get ready."""
+def worker(name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Worker]:
+    """Run the body with a worker started by `command`; it ends with the body. UserError when it does not get ready.
+
+    What `environment` names is set for it, unless this process has it set.
+    """
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w") as said:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            bufsize=1,
+            env={**(environment or {}), **os.environ},
         )
         try:
             yield Worker(name, process, Path(folder) / "said")

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from jax_impl import baselines as jax_baselines
-from jax_impl import bench
+from jax_impl import bench, profile
 from jax_impl.parallel import select_device
 from jax_impl.trainer import Trainer
 from spec import bench_worker, datasets, flops, recipe
@@ -64,6 +65,15 @@ class Toy:
         if steps > 50:
             raise MemoryError("the toy is full")
 
+    def device(self):
+        return {{"platform": "gpu", "kind": "toy GPU"}}
+
+    def matmul_rate(self):
+        return 1e9
+
+    def profile(self, steps):
+        return {{f"operation{{index}}": 0.5**index * steps for index in range(12)}}
+
 bench_worker.serve(Toy)
 """
 
@@ -76,11 +86,18 @@ def toy(tmp_path: Path, name: str, loss: float = 1.0) -> list[str]:
 
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
-    """Put toys in the programs' place; `stock` does other work."""
+    """Put toys in the programs' place, return which were started, where; `stock` does other work."""
     root = str(Path(bench.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", root)
     losses = {"stock": 1.01}
-    monkeypatch.setattr(bench, "command", lambda name, recipe: toy(tmp_path, name, losses.get(name, 1.0)))
+    started = []
+
+    def command(name, recipe, platform, *, seeds=None):
+        started.append((name, platform, seeds))
+        return toy(tmp_path, name, losses.get(name, 1.0))
+
+    monkeypatch.setattr(bench, "command", command)
+    return started
 
 
 def run(monkeypatch, *arguments: object) -> int:
@@ -89,7 +106,7 @@ def run(monkeypatch, *arguments: object) -> int:
 
 
 def test_a_worker_answers_and_ends_with_its_driver(tmp_path, toys):
-    with bench_worker.worker("toy", bench.command("toy", "")) as program:
+    with bench_worker.worker("toy", bench.command("toy", "", None)) as program:
         assert program.first_losses(3) == [1.0, 1 / 2, 1 / 3]
         assert program.seconds(5) >= 0
         assert program.peak_bytes > 1_000_000
@@ -98,7 +115,7 @@ def test_a_worker_answers_and_ends_with_its_driver(tmp_path, toys):
 
 
 def test_a_worker_that_fails_is_named_with_what_it_said(toys):
-    with bench_worker.worker("toy", bench.command("toy", "")) as program, pytest.raises(UserError) as told:
+    with bench_worker.worker("toy", bench.command("toy", "", None)) as program, pytest.raises(UserError) as told:
         program.seconds(51)
     assert "toy ended with status 1; it said: MemoryError: the toy is full" in str(told.value)
 
@@ -113,7 +130,9 @@ def test_a_worker_that_does_not_start_is_named_too(tmp_path):
 
 
 def program(name: str, of: Recipe) -> bench_worker.Program:
-    return jax_baselines.PROGRAMS[name](of) if name in bench.ON_JAX else torch_baselines.program(name, of)
+    if name in bench.ON_JAX:
+        return jax_baselines.PROGRAMS[name](of, select_device("cpu"))
+    return torch_baselines.program(name, of, torch.device("cpu"))
 
 
 def small(name: str) -> Recipe:
@@ -187,8 +206,29 @@ def test_a_comparison_is_printed_kept_and_drawn(toys, monkeypatch, tmp_path, cap
     assert {name: len(seconds) for name, seconds in report["seconds"].items()} == {"ours": 2, "eager": 2, "keras": 2}
     assert report["steps"] == 3
     assert report["flops"] == 3 * 32 * flops.training_flops(recipe.load("digits").model, (64,), 10)
-    assert bench.load_results(tmp_path) == {"digits": report}
+    assert report["matmul_flops_per_second"] == [1e9, 1e9]
+    assert report["machine"].startswith("toy GPU, ")
+    assert bench.load_results(tmp_path) == {"digits, gpu": report}
+    assert toys == [("ours", None, None), ("eager", "gpu", None), ("keras", "gpu", None)]
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_in_one_program_take_turns_with_as_many_one_after_the_other(toys, monkeypatch, tmp_path, capsys):
+    flags = ["--recipe", "digits", "--seeds", 5, "--steps", 10, "--pairs", 1, "--platform", "gpu", "--profile"]
+    assert run(monkeypatch, *flags, "--json", tmp_path / "times.json") == 0
+    out = capsys.readouterr().out
+    assert "as many runs, one after the other" in out
+    assert "operation9" in out
+    assert "operation10" not in out
+    assert "the rest" in out
+    report = json.loads((tmp_path / "times.json").read_text())
+    assert {name: len(seconds) for name, seconds in report["seconds"].items()} == {"ours": 1, "alone": 1}
+    assert report["flops"] == 5 * 10 * 32 * flops.training_flops(recipe.load("digits").model, (64,), 10)
+    assert bench.key(report) == "digits, 5 seeds, gpu"
+    assert toys == [("many", "gpu", 5), ("ours", "gpu", None)]
+    # The toy refuses more than 50 steps at a time: the single run makes those of all five.
+    assert run(monkeypatch, *flags[:4], "--steps", 11, "--pairs", 1) == 2
+    assert "ours ended with status 1; it said: MemoryError" in capsys.readouterr().err
 
 
 def test_a_program_that_does_other_work_is_not_timed(toys, monkeypatch, capsys):
@@ -204,6 +244,10 @@ def test_a_program_that_does_other_work_is_not_timed(toys, monkeypatch, capsys):
         ("--against egaer", "--against egaer: there is no such program (did you mean 'eager'?)"),
         ("--pairs 0", "--pairs 0 must be 1 or more"),
         ("--steps -1", "--steps -1 must be 1 or more"),
+        ("--seeds 0", "--seeds 0 must be 1 or more"),
+        ("--seeds 4 --against eager", "--seeds times our runs together and one after the other; leave out --against"),
+        ("--process cold --platform cpu", "leave out --platform"),
+        ("--process warm --profile", "leave out --profile"),
         ("--recipe mpl128", "no recipe has the name 'mpl128'"),
         ("--json .", "--json . is a directory"),
         ("--chart nowhere/ratios.png", "--chart nowhere/ratios.png: its directory does not exist"),
@@ -230,6 +274,70 @@ REPORT = {
     "matmul_flops_per_second": [3e9, 4e9],
     "seconds": {"ours": [2.0, 4.0, 3.0], "eager": [6.0, 4.0, 3.0]},
 }
+
+
+def test_a_table_says_milliseconds_an_epoch_and_microseconds_a_step():
+    report = REPORT | {"steps": 100, "steps_per_epoch": 400}
+    rows = bench.table({"mlp128": report}).splitlines()
+    assert "| ours, ms an epoch | 12,000.0 |" in rows
+    assert "| ours, us a step | 30,000.0 |" in rows
+
+
+@pytest.mark.parametrize(("platform", "torchs"), [(None, True), ("gpu", True), ("tpu", False)])
+def test_torch_is_left_out_where_it_does_not_run(platform, torchs):
+    against = bench.default_baselines(recipe.load("mlp128"), platform)
+    assert ("eager" in against) is torchs
+    assert "stock" in against
+
+
+def test_a_command_names_the_platform_and_the_seeds():
+    assert bench.command("many", "digits", "gpu", seeds=32)[1:] == [
+        "-m", "jax_impl.baselines", "many", "digits", "--platform", "gpu", "--seeds", "32"
+    ]  # fmt: skip
+    assert bench.command("eager", "digits", None)[1:] == ["-m", "torch_ref.baselines", "eager", "digits"]
+
+
+# Our own program's other answers
+
+
+def test_several_seeds_at_once_give_the_first_ones_losses(few_images):
+    of = small("mlp128")
+    many = jax_baselines.Ours(of, select_device("cpu"), seeds=3)
+    assert many.first_losses(4) == pytest.approx(our_losses("mlp128"), rel=bench.LOSS_TOLERANCE)
+    many.train(2)
+
+
+def test_a_profile_is_by_kind_of_operation_each_without_what_ran_inside_it(few_images):
+    found = program("ours", small("mlp128")).profile(3)
+    assert sum(found.values()) > 0
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert any(name.startswith("dot") for name in found)
+    spans = [(0.0, 10e9, "while"), (1e9, 4e9, "dot"), (2e9, 1e9, "copy"), (6e9, 2e9, "dot")]
+    assert profile.own_seconds(spans) == {"while": 4.0, "dot": 5.0, "copy": 1.0}
+    assert [profile.kind(name) for name in ("dot", "dot.12", "copy_fusion.3.clone.1")] == ["dot", "dot", "copy_fusion"]
+
+
+def test_the_matmul_rate_is_that_of_the_best_product(few_images, monkeypatch):
+    taken = iter([0.5, 0.25, 1.0, 0.5, 0.5])
+    monkeypatch.setattr(jax_baselines, "_seconds", lambda work: next(taken))
+    assert program("ours", small("mlp128")).matmul_rate() == 2 * 2048**3 / 0.25
+
+
+def test_real_programs_take_turns_in_processes_of_their_own(monkeypatch, capsys):
+    flags = ["--recipe", "digits", "--seeds", 2, "--steps", 2, "--pairs", 1, "--platform", "cpu", "--profile"]
+    assert run(monkeypatch, *flags) == 0
+    out = capsys.readouterr().out
+    assert "the first 20 losses of all 2 programs are the same" in out
+    assert "operation of ours" in out
+
+
+@pytest.mark.slow(minutes=1)
+def test_every_real_baseline_runs_in_a_process_of_its_own(monkeypatch, capsys):
+    pytest.importorskip("keras")
+    against = ["lesson", "eager", "compile", "stock", "keras"]
+    flags = ["--recipe", "mlp128", "--against", *against, "--steps", 3, "--pairs", 1, "--platform", "cpu"]
+    assert run(monkeypatch, *flags) == 0
+    assert "the first 20 losses of all 6 programs are the same" in capsys.readouterr().out
 
 
 def test_ratios_are_turn_by_turn_and_efficiency_is_floor_over_the_median():

@@ -22,6 +22,7 @@ from spec.errors import run_program
 from spec.recipe import Recipe
 from torch_ref import convert, data, lesson, models, optim
 from torch_ref.objective import example_losses
+from torch_ref.trainer import select_device
 
 BASELINES = ("lesson", "eager", "channels_last", "compile")
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -30,12 +31,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class InMemory:
     """A plain loop over tensors in memory."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, device: torch.device) -> None:
         dataset = data.load(recipe.data)
-        self.recipe, self.name = recipe, name
+        self.recipe, self.name, self.device = recipe, name, device
         self.counts = count(recipe, len(dataset.train.labels))
         self.shape, self.outputs = dataset.input_shape, params.num_outputs(recipe, dataset.num_classes)
-        self.images, self.labels = data.preprocess(dataset, recipe.preprocessing, dtype=torch.float32)[0].tensors
+        tensors = data.preprocess(dataset, recipe.preprocessing, dtype=torch.float32)[0].tensors
+        self.images, self.labels = (tensor.to(device) for tensor in tensors)
         if name == "channels_last":
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.network, self.optimizer = self._start(recipe)
@@ -51,11 +53,13 @@ class InMemory:
         """Train `steps` more steps."""
         for images, labels in itertools.islice(self.coming, steps):
             self._step(self.network, self.optimizer, images, labels)
+        wait(self.device)
 
     def _start(self, recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
         network = models.network(recipe.model, self.shape, self.outputs)
         leaves = params.leaves(recipe.model, self.shape, self.outputs)
         convert.load_state(network, params.initial_state(leaves, recipe.init, recipe.seed))
+        network.to(self.device)
         if self.name == "channels_last":
             network = network.to(memory_format=torch.channels_last)
         optimizer = optim.optimizer(recipe, network.parameters())
@@ -64,7 +68,7 @@ class InMemory:
 
     def _batches(self) -> Iterator[Batch]:
         for epoch in itertools.count(1):
-            order = torch.from_numpy(epoch_order(self.recipe.seed, epoch, self.counts.num_examples))
+            order = torch.from_numpy(epoch_order(self.recipe.seed, epoch, self.counts.num_examples)).to(self.device)
             for batch in order[: self.counts.examples_per_epoch].split(self.counts.batch_size):
                 yield self.images[batch], self.labels[batch]
 
@@ -81,16 +85,16 @@ class InMemory:
 class Lesson:
     """The lesson's loop over its DataLoader."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
         self.loader = lesson.batches(recipe, train=True)
-        self.model, self.optimizer = lesson.network(recipe)
+        self.model, self.optimizer = lesson.network(recipe, device)
         self.coming = itertools.chain.from_iterable(self.loader for _ in itertools.count())
 
     def first_losses(self, steps: int) -> list[float]:
         """Return the losses of the first steps, without dropout: the loader's data set in the specified order."""
         recipe = without_dropout(self.recipe)
-        model, optimizer = lesson.network(recipe)
+        model, optimizer = lesson.network(recipe, self.device)
         leaves = params.leaves(recipe.model, lesson.IMAGE_SHAPE, lesson.NUM_CLASSES)
         convert.load_state(model, params.initial_state(leaves, recipe.init, recipe.seed))
         order = epoch_order(recipe.seed, 1, len(self.loader.dataset)).tolist()
@@ -99,18 +103,25 @@ class Lesson:
             images, labels = self.loader.collate_fn([self.loader.dataset[i] for i in order[start : start + size]])
             model.train()
             with torch.no_grad():
-                losses.append(nn.CrossEntropyLoss()(model(images), labels).item())
+                losses.append(nn.CrossEntropyLoss()(model(images.to(self.device)), labels.to(self.device)).item())
             lesson.train_epoch(model, optimizer, [(images, labels)])
         return losses
 
     def train(self, steps: int) -> None:
         """Train `steps` more steps."""
         lesson.train_epoch(self.model, self.optimizer, itertools.islice(self.coming, steps))
+        wait(self.device)
 
 
-def program(name: str, recipe: Recipe) -> bench_worker.Program:
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; the CPU has already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def program(name: str, recipe: Recipe, device: torch.device) -> bench_worker.Program:
     """Return the program of that name, ready to train."""
-    return Lesson(recipe) if name == "lesson" else InMemory(recipe, name)
+    return Lesson(recipe, device) if name == "lesson" else InMemory(recipe, name, device)
 
 
 def main() -> None:
@@ -118,9 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m torch_ref.baselines", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", choices=BASELINES)
     parser.add_argument("recipe", help="a recipe's name or file")
+    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"))
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
-    bench_worker.serve(lambda: program(arguments.name, recipe))
+    bench_worker.serve(lambda: program(arguments.name, recipe, select_device(arguments.platform)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from spec.datasets.catalog import IDX_SETS
 from spec.errors import RecipeError, run_program
 from spec.recipe import Loss, Recipe
 from torch_ref import models, optim
+from torch_ref.trainer import select_device
 from torch_ref.vision import torchvision
 
 IMAGE_SHAPE, NUM_CLASSES = (28, 28, 1), 10
@@ -35,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
     torch.manual_seed(recipe.seed)
-    model, optimizer = network(recipe)
+    model, optimizer = network(recipe, select_device(None))
     train_batches, test_batches = (batches(recipe, train=train) for train in (True, False))
     for epoch in range(1, (arguments.epochs or recipe.epochs) + 1):
         start = time.perf_counter()
@@ -44,9 +45,9 @@ def main() -> None:
     print(f"test accuracy {evaluate(model, test_batches):.4f}")
 
 
-def network(recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return the recipe's network as torch draws it, and its update rule."""
-    model = models.network(recipe.model, IMAGE_SHAPE, NUM_CLASSES)
+def network(recipe: Recipe, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return the recipe's network as torch draws it, on `device`, and its update rule."""
+    model = models.network(recipe.model, IMAGE_SHAPE, NUM_CLASSES).to(device)
     return model, optim.optimizer(recipe, model.parameters())
 
 
@@ -72,10 +73,11 @@ def batches(recipe: Recipe, *, train: bool) -> DataLoader:
 
 def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader) -> float:
     """Train over every batch of `loader`; return the accuracy on the forward passes."""
-    objective = nn.CrossEntropyLoss()
+    objective, device = nn.CrossEntropyLoss(), next(model.parameters()).device
     model.train()
     correct = seen = 0
     for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
         optimizer.zero_grad()
         logits = model(images)
         loss = objective(logits, labels)
@@ -94,7 +96,9 @@ def evaluate(model: nn.Module, loader: DataLoader) -> float:
 
 @torch.no_grad()
 def _correct(model: nn.Module, loader: DataLoader) -> Iterator[int]:
+    device = next(model.parameters()).device
     for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
         yield (model(images).argmax(1) == labels).sum().item()
 
 
