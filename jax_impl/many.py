@@ -29,7 +29,7 @@ from spec.errors import UserError, require
 from spec.files import write_atomic
 from spec.history import EpochDone, Event, StepsDone
 from spec.program import config, origin, summarize
-from spec.recipe import Recipe
+from spec.recipe import Data, Recipe
 from spec.recorder import DivergedError, Recorder, refuse_nonfinite
 from spec.run_directory import RunDirectory
 from spec.sweep import ManyFlags, Setting
@@ -101,16 +101,33 @@ def run(flags: ManyFlags) -> dict:
     }
     for setting in settings:
         check_fits(setting.recipe, size_of(datasets[setting.recipe.data]))
-    made_by = origin(IMPLEMENTATION, device)
     display = Display(quiet=flags.quiet)
     place = flags.out or run_directory.claim(f"{flags.config.name}-{'sweep' if flags.sweep else 'seeds'}")
     display.line(f"{flags.config.name}: {flags.config.description}")
+    start = time.perf_counter()
+    summaries = _train_all(runs, datasets, device, place, flags, display)
+    report = _report(flags, settings, seeds, summaries) | origin(IMPLEMENTATION, device)
+    report["seconds"] = time.perf_counter() - start
+    _write(report, place, chart=bool(flags.sweep))
+    _show(report, place, display)
+    return report
+
+
+def _train_all(
+    runs: Sequence[tuple[Setting, Recipe]],
+    datasets: Mapping[Data, Dataset],
+    device: jax.Device,
+    place: Path,
+    flags: ManyFlags,
+    display: Display,
+) -> list[dict | None]:
+    """Train the runs, those that share a program at once, each into its folder in `place`; return their summaries."""
     groups: dict[Recipe, list[int]] = {}
     for index, (_, recipe) in enumerate(runs):
         groups.setdefault(program_key(recipe), []).append(index)
+    made_by = origin(IMPLEMENTATION, device)
     display.line(f"{len(runs)} runs in {len(groups)} programs on {made_by['devices'][0]}")
-    folder_names = _folder_names(runs)
-    start, summaries = time.perf_counter(), {}
+    folder_names, summaries = _folder_names(runs), {}
     for number, members in enumerate(groups.values(), start=1):
         recipes = [runs[index][1] for index in members]
         if len(groups) > 1:
@@ -122,11 +139,7 @@ def run(flags: ManyFlags) -> dict:
             configs = [config(recipe, flags, made_by) for recipe in recipes]
             done = _train(trainer, configs, folders, made_by, display)
         summaries |= dict(zip(members, done, strict=True))
-    report = _report(flags, settings, seeds, [summaries[index] for index in range(len(runs))]) | made_by
-    report["seconds"] = time.perf_counter() - start
-    _write(report, place, chart=bool(flags.sweep))
-    _show(report, place, display)
-    return report
+    return [summaries[index] for index in range(len(runs))]
 
 
 def _check(flags: ManyFlags) -> None:
