@@ -26,6 +26,7 @@ import jax_impl.models
 import jax_impl.optim
 import jax_impl.step
 import torch_ref.convert
+import torch_ref.data
 import torch_ref.models
 import torch_ref.optim
 import torch_ref.step
@@ -339,8 +340,7 @@ class TorchAdapter:
                 self._scheduler.step()
 
     def _images(self, images: np.ndarray) -> torch.Tensor:
-        tensor = torch.tensor(images, dtype=self._dtype)
-        return tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor
+        return torch_ref.data.channels_first(torch.tensor(images, dtype=self._dtype))
 
     def _batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         return self._images(images), torch.tensor(labels, dtype=torch.int64)

@@ -614,24 +614,6 @@ def test_other_ways_to_write_relu_have_another_slope_at_zero():
         assert x.grad == slope
 
 
-def test_other_ways_to_write_relu_have_another_slope_at_zero():
-    assert jax.grad(lambda x: jnp.maximum(x, 0))(0.0) == 0.5
-    assert jax.grad(lambda x: jnp.clip(x, 0))(0.0) == 0.5
-    for written, slope in ((lambda x: torch.maximum(x, torch.zeros(())), 0.5), (lambda x: x.clamp(min=0), 1.0)):
-        x = torch.zeros((), requires_grad=True)
-        written(x).backward()
-        assert x.grad == slope
-
-
-def test_other_ways_to_write_relu_have_another_slope_at_zero():
-    assert jax.grad(lambda x: jnp.maximum(x, 0))(0.0) == 0.5
-    assert jax.grad(lambda x: jnp.clip(x, 0))(0.0) == 0.5
-    for written, slope in ((lambda x: torch.maximum(x, torch.zeros(())), 0.5), (lambda x: x.clamp(min=0), 1.0)):
-        x = torch.zeros((), requires_grad=True)
-        written(x).backward()
-        assert x.grad == slope
-
-
 def test_an_mlp_is_its_equation():
     model = dataclasses.replace(recipe.load("sigmoid-mlp").model, hidden_sizes=(4, 3), activations=("sigmoid", "relu"))
     leaves = params.leaves(model, (2, 3, 2), 5)
