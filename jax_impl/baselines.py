@@ -1,28 +1,26 @@
 """Programs that train a recipe on JAX, for the benchmark: `python -m jax_impl.baselines NAME RECIPE` serves one.
 
-`ours` is `jax_impl.trainer`'s epoch program, `many` the same of several seeds at once. `stock` is the loop that Flax's
-documentation shows: its modules, its optimiser and metrics, one `nnx.jit` a step, batches gathered by NumPy. `keras` is
-Keras 3 on the JAX backend, `fit` on arrays in memory, with the extra keras.
+`ours` is the epoch program, `many` the same of several seeds at once. `stock` is the loop of Flax's documentation: its
+modules, its optimiser and metrics, one `nnx.jit` a step, batches gathered by NumPy. `keras` is Keras 3 on the JAX
+backend, `fit` on arrays in memory, with the extra keras.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
 from jax_impl.convert import from_canonical
-from jax_impl.parallel import select_device
+from jax_impl.parallel import PLATFORMS, select_device
 from jax_impl.profile import operation_seconds
 from jax_impl.stepper import Stepper
 from spec import bench_worker, datasets, params
@@ -34,54 +32,33 @@ from spec.recipe import Model, Recipe
 
 
 class Ours:
-    """The compiled epoch; with `seeds`, that of as many runs in one program."""
+    """The compiled epoch; with `seeds`, that of as many runs in one program, from the recipe's seed on."""
 
     def __init__(self, recipe: Recipe, device: jax.Device, *, seeds: int | None = None) -> None:
-        self.recipe, self._device, self.seeds = recipe, device, seeds
+        self.recipe, self.device, self.seeds = recipe, device, seeds
         self.dataset = datasets.load(recipe.data)
         self.stepper = self._start(recipe)
 
-    def first_losses(self, steps: int) -> list[float]:
-        """Return the losses of the first steps, without dropout; of several runs those of the first."""
-        losses = np.asarray(self._start(without_dropout(self.recipe)).train(steps).loss)
-        return losses.reshape(-1, losses.shape[-1])[0, :steps].tolist()
+    def first_losses(self, steps: int, run: int = 0) -> list[float]:
+        """Return the losses of the first steps, at most an epoch's, without dropout, of the run with that seed more."""
+        recipe = without_dropout(self.recipe)
+        recipe = recipe if self.seeds else dataclasses.replace(recipe, seed=recipe.seed + run)
+        losses = np.asarray(self._start(recipe).train(steps).loss)
+        return (losses[run] if self.seeds else losses)[:steps].tolist()
 
     def train(self, steps: int) -> None:
         """Train `steps` more steps, of each run."""
         self.stepper.train(steps)
 
-    def device(self) -> dict[str, str]:
-        """Return the platform and the kind of the device."""
-        return {"platform": self._device.platform, "kind": self._device.device_kind}
-
-    def matmul_rate(self) -> float:
-        """Return the device's float32 matmul rate, FLOP/s: the best of five products of square matrices.
-
-        On a CPU it is that of NumPy's BLAS.
-        """
-        on_cpu = self._device.platform == "cpu"
-        size = 2048 if on_cpu else 8192
-        square = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
-        product = np.matmul
-        if not on_cpu:
-            square = jax.device_put(square, self._device)
-            product = jax.jit(functools.partial(jnp.matmul, precision="highest"))
-            product(square, square).block_until_ready()
-        return 2 * size**3 / min(_seconds(lambda: jax.block_until_ready(product(square, square))) for _ in range(5))
-
-    def profile(self, steps: int) -> dict[str, float]:
-        """Train `steps` more steps; return the seconds of each kind of operation."""
-        return operation_seconds(lambda: self.train(steps))
+    def profile(self, steps: int) -> dict[str, float | dict[str, float]]:
+        """Train `steps` more steps; return the seconds that took, and those of each kind of operation."""
+        start = time.perf_counter()
+        operations = operation_seconds(lambda: self.train(steps))
+        return {"seconds": time.perf_counter() - start, "operations": operations}
 
     def _start(self, recipe: Recipe) -> Stepper:
         runs = self.seeds and [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(self.seeds)]
-        return Stepper(recipe, self.dataset, self._device, runs=runs)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+        return Stepper(recipe, self.dataset, self.device, runs=runs)
 
 
 class Stock:
@@ -284,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jax_impl.baselines", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", choices=PROGRAMS)
     parser.add_argument("recipe", help="a recipe's name or file")
-    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"))
+    parser.add_argument("--platform", choices=PLATFORMS)
     parser.add_argument("--seeds", type=int, help="the runs of `many`")
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)

@@ -2,7 +2,7 @@
 
 Each program is a process of its own. They take turns, so that the machine's drift meets all alike, and what is reported
 are ratios, turn by turn. Before that each must show our first losses. Getting ready, compilation included, is apart.
-The floor is the operations of the products (`spec.flops`) over the device's own float32 matmul peak, measured beside;
+The floor is the operations of the products (`spec.flops`) over the device's float32 matmul peak, measured beside them;
 efficiency is floor over time. With `--seeds N` it is N runs in one program beside the same runs one after the other;
 with `--process` whole processes.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -28,6 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jax_impl.parallel import PLATFORMS
 from spec import datasets, flops, params
 from spec import recipe as recipes
 from spec.batches import count
@@ -37,6 +39,7 @@ from spec.errors import UserError, did_you_mean, require, run_program
 from spec.files import check_target, write_atomic
 from spec.markdown import markdown_table
 from spec.recipe import Recipe
+from spec.sweep import MOST_RUNS, NUM_SEEDS
 
 BASELINES = {
     "lesson": "the lesson's torch program: torchvision, DataLoader",
@@ -49,13 +52,13 @@ BASELINES = {
 ON_JAX = ("ours", "many", "stock", "keras")
 WHAT = {"ours": "the epoch program of jax_impl"} | BASELINES | {"alone": "as many runs, one after the other"}
 # JAX takes three quarters of a GPU's memory when it starts; here several programs share it.
-ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# Products at full width are asked for as ours are: an accelerator's own choice is narrower (S12.2).
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 RESULTS = Path("results") / "bench.json"
 # So few steps that rounding alone tells the losses apart. A CNN's pools have ties, which rounding decides (S9.6): two
 # torch programs of it are 3e-4 apart after three steps and 5e-3 after eight (measured).
 CHECKED_STEPS = {"mlp": 20, "cnn": 4}
 PROFILED = 10
-CPU = {"platform": "cpu", "kind": "cpu"}
 LOSS_TOLERANCE = 1e-3
 PACKAGES = ("jax", "flax", "torch", "keras")
 WIDTH = 150  # of the table where no terminal says how wide it is
@@ -67,81 +70,99 @@ def main() -> None:
     flags = _parser().parse_args()
     recipe = recipes.load(flags.recipe)
     _check(flags, recipe)
-    flags.against = flags.against or default_baselines(recipe, flags.platform)
     compared = compare_processes if flags.process else compare_seeds if flags.seeds else compare
-    report = compared(recipe, flags)
-    show(report)
+    with worker("the device", _module("jax_impl.machine", flags.platform), ENVIRONMENT) as machine:
+        report = compared(recipe, flags, machine) | origin(machine.ask("device"))
     if flags.json:
         _write(flags.json, report)
-    if flags.chart:
-        chart(report, flags.chart)
     if flags.keep:
         _write(RESULTS, dict(sorted((load_results() | {key(report): report}).items())))
+    show(report)
+    if flags.chart:
+        chart(report, flags.chart)
 
 
-def compare(recipe: Recipe, flags: argparse.Namespace) -> dict:
-    """Return the report of the programs' turns: `steps` steps each, after one turn that does not count."""
+def compare(recipe: Recipe, flags: argparse.Namespace, machine: Worker) -> dict:
+    """Return the report of the programs' turns: `steps` steps each, after one turn that does not count.
+
+    A program that nobody asked for is left out where it does not start: torch may have no such device.
+    """
+    platform = machine.ask("device")["platform"]
     with contextlib.ExitStack() as stack:
-        ours = _start(stack, "ours", flags.recipe, flags.platform)
-        device = ours.ask("device")
-        others = {name: _start(stack, name, flags.recipe, device["platform"]) for name in flags.against}
-        workers = {"ours": ours} | others
+        workers = {"ours": _start(stack, "ours", flags.recipe, platform)}
+        for name in flags.against or default_baselines(recipe):
+            try:
+                workers[name] = _start(stack, name, flags.recipe, platform)
+            except UserError as error:
+                if flags.against:
+                    raise
+                console.print(f"left out: {error}")
         times = {name: program.seconds for name, program in workers.items()}
-        return {"recipe": recipe.name} | _timed(recipe, workers, times, flags) | origin(device)
+        losses = {name: program.first_losses for name, program in workers.items()}
+        return {"recipe": recipe.name} | _timed(recipe, workers, times, [losses], flags, machine)
 
 
-def compare_seeds(recipe: Recipe, flags: argparse.Namespace) -> dict:
+def compare_seeds(recipe: Recipe, flags: argparse.Namespace, machine: Worker) -> dict:
     """Return the report of `seeds` runs in one program beside as many one after the other, in turn: `steps` steps each.
 
-    Those that come one after the other are one program of a single run, for as many steps as all the runs have.
+    Those that come one after the other are one program of a single run, for as many steps as all the runs have. Equal
+    work is checked of the first run and of the last.
     """
+    platform = machine.ask("device")["platform"]
     with contextlib.ExitStack() as stack:
-        many = _start(stack, "many", flags.recipe, flags.platform, seeds=flags.seeds)
-        device = many.ask("device")
-        alone = _start(stack, "ours", flags.recipe, device["platform"])
+        many = _start(stack, "many", flags.recipe, platform, seeds=flags.seeds)
+        alone = _start(stack, "ours", flags.recipe, platform)
+        workers = {"ours": many, "alone": alone}
         times = {"ours": many.seconds, "alone": lambda steps: alone.seconds(steps * flags.seeds)}
-        timed = _timed(recipe, {"ours": many, "alone": alone}, times, flags)
-        timed["flops"] *= flags.seeds
-        return {"recipe": recipe.name, "seeds": flags.seeds} | timed | origin(device)
+        losses = [
+            {name: functools.partial(program.first_losses, run=run) for name, program in workers.items()}
+            for run in sorted({0, flags.seeds - 1})
+        ]
+        timed = _timed(recipe, workers, times, losses, flags, machine)
+        return {"recipe": recipe.name, "seeds": flags.seeds} | timed | {"flops": timed["flops"] * flags.seeds}
 
 
 def _timed(
     recipe: Recipe,
     workers: Mapping[str, Worker],
     times: Mapping[str, Callable[[int], float]],
+    losses: Sequence[Mapping[str, Callable[[int], list[float]]]],
     flags: argparse.Namespace,
+    machine: Worker,
 ) -> dict:
     """Return what the turns of the workers give, and with `--profile` what a turn of ours was spent on."""
-    size, ours = extent(recipe, flags.steps), workers["ours"]
-    check_equal_work(CHECKED_STEPS[recipe.model.name], workers)
-    seconds, rates = take_turns(times, size["steps"], flags.pairs, ours)
+    size = extent(recipe, flags.steps)
+    for each in losses:
+        check_equal_work(min(CHECKED_STEPS[recipe.model.name], size["steps_per_epoch"]), each)
+    seconds, rates = take_turns(times, size["steps"], flags.pairs, machine)
     return {
         **size,
         "matmul_flops_per_second": rates,
         "seconds": seconds,
         "ready_seconds": {name: program.ready_seconds for name, program in workers.items()},
         "peak_bytes": {name: program.peak_bytes for name, program in workers.items()},
-        **({"profile": ours.ask("profile", size["steps"])} if flags.profile else {}),
+        **({"profile": workers["ours"].ask("profile", size["steps"])} if flags.profile else {}),
     }
 
 
-def compare_processes(recipe: Recipe, flags: argparse.Namespace) -> dict:
+def compare_processes(recipe: Recipe, flags: argparse.Namespace, machine: Worker) -> dict:
     """Return the report of whole processes, ours and the lesson's in turn: all epochs of the recipe, start and end.
 
     Ours finds its compiled programs on disk (warm), or an empty place for them each time (cold).
     """
+    platform = machine.ask("device")["platform"]
     seconds: dict[str, list[float]] = {"ours": [], "lesson": []}
     with tempfile.TemporaryDirectory() as kept:
         if flags.process == "warm":
-            _whole_process("jax_impl.train", flags.recipe, kept)
+            _whole_process("jax_impl.train", flags.recipe, platform, kept)
         for turn in range(flags.pairs):
-            seconds["lesson"].append(_whole_process("torch_ref.lesson", flags.recipe, None))
+            seconds["lesson"].append(_whole_process("torch_ref.lesson", flags.recipe, platform, None))
             with tempfile.TemporaryDirectory() as fresh:
                 place = kept if flags.process == "warm" else fresh
-                seconds["ours"].append(_whole_process("jax_impl.train", flags.recipe, place))
+                seconds["ours"].append(_whole_process("jax_impl.train", flags.recipe, platform, place))
             taken = {name: each[-1] for name, each in seconds.items()}
             console.print(f"turn {turn + 1} of {flags.pairs}: {_said(taken)}")
-    return {"recipe": recipe.name, "process": flags.process, "seconds": seconds, **origin(CPU)}
+    return {"recipe": recipe.name, "process": flags.process, "seconds": seconds}
 
 
 def extent(recipe: Recipe, steps: int | None) -> dict[str, int]:
@@ -154,34 +175,34 @@ def extent(recipe: Recipe, steps: int | None) -> dict[str, int]:
     return {"steps": steps or counts.steps_per_epoch, "steps_per_epoch": counts.steps_per_epoch, "flops": operations}
 
 
-def command(name: str, recipe: str, platform: str | None, *, seeds: int | None = None) -> list[str]:
-    """Return the command that starts a program's worker on a platform, or where JAX finds best."""
+def command(name: str, recipe: str, platform: str, *, seeds: int | None = None) -> list[str]:
+    """Return the command that starts a program's worker on a platform."""
     module = "jax_impl.baselines" if name in ON_JAX else "torch_ref.baselines"
-    options = {"--platform": platform, "--seeds": seeds and str(seeds)}
-    given = [part for flag, value in options.items() if value for part in (flag, value)]
-    return [sys.executable, "-m", module, name, recipe, *given]
+    return [*_module(module, platform), *(["--seeds", str(seeds)] if seeds else []), name, recipe]
 
 
-def _start(
-    stack: contextlib.ExitStack, name: str, recipe: str, platform: str | None, *, seeds: int | None = None
-) -> Worker:
+def _module(name: str, platform: str | None) -> list[str]:
+    return [sys.executable, "-m", name, *(["--platform", platform] if platform else [])]
+
+
+def _start(stack: contextlib.ExitStack, name: str, recipe: str, platform: str, *, seeds: int | None = None) -> Worker:
     return stack.enter_context(worker(name, command(name, recipe, platform, seeds=seeds), ENVIRONMENT))
 
 
-def check_equal_work(steps: int, workers: Mapping[str, Worker]) -> None:
+def check_equal_work(steps: int, programs: Mapping[str, Callable[[int], list[float]]]) -> None:
     """Raise UserError unless every program gives our losses in the first `steps` steps."""
-    losses = {name: program.first_losses(steps) for name, program in workers.items()}
+    losses = {name: first_losses(steps) for name, first_losses in programs.items()}
     for name, theirs in losses.items():
         for step, (one, two) in enumerate(zip(losses["ours"], theirs, strict=True)):
             if not math.isclose(one, two, rel_tol=LOSS_TOLERANCE):
                 raise UserError(
                     f"{name} does other work: its loss at step {step} is {two:.6f}, ours {one:.6f}; nothing was timed"
                 )
-    console.print(f"the first {steps} losses of all {len(workers)} programs are the same")
+    console.print(f"the first {steps} losses of all {len(programs)} programs are the same")
 
 
 def take_turns(
-    programs: Mapping[str, Callable[[int], float]], steps: int, turns: int, ours: Worker
+    programs: Mapping[str, Callable[[int], float]], steps: int, turns: int, machine: Worker
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Return each program's seconds, turn by turn, and the device's matmul rate at each, FLOP/s.
 
@@ -199,7 +220,7 @@ def take_turns(
         if turn:
             for name, seconds in measured.items():
                 taken[name].append(seconds)
-            peaks.append(ours.ask("matmul_rate"))
+            peaks.append(machine.ask("matmul_rate"))
     return taken, peaks
 
 
@@ -239,13 +260,16 @@ def _absolute(report: Mapping, name: str) -> tuple[str, str]:
     return f"{1e3 * step * report['steps_per_epoch']:,.1f}", f"{1e6 * step:,.1f}"
 
 
-def _show_profile(profile: Mapping[str, float], steps: int) -> None:
-    """Print what the longest operations of a turn of ours took, and the rest together."""
-    longest, total = list(profile.items())[:PROFILED], sum(profile.values())
-    rest = total - sum(seconds for _, seconds in longest)
-    table = Table("operation of ours", "us a step", "share", title="by the profiler, which itself costs time")
-    for name, seconds in (*longest, ("the rest", rest)):
-        table.add_row(name, f"{1e6 * seconds / steps:,.1f}", f"{seconds / total:.0%}")
+def _show_profile(profile: Mapping, steps: int) -> None:
+    """Print what the longest operations of a turn of ours took, the rest together, and when none of them ran."""
+    operations, whole = profile["operations"], profile["seconds"]
+    longest = list(operations.items())[:PROFILED]
+    busy = sum(operations.values())
+    rows = [*longest, ("all others", busy - sum(seconds for _, seconds in longest)), ("no operation", whole - busy)]
+    table = Table("operation of ours", "us a step", "share", title="a turn under the profiler, which itself costs time")
+    for name, seconds in rows:
+        if seconds > 0:  # operations that ran side by side fill more than the whole
+            table.add_row(name, f"{1e6 * seconds / steps:,.1f}", f"{seconds / whole:.0%}")
     console.print(table)
 
 
@@ -297,16 +321,17 @@ def table(results: Mapping[str, dict]) -> str:
     rows = [
         [what, *(_range(ratios(report, name), 2) if name in report["seconds"] else "-" for report in reports)]
         for name, what in WHAT.items()
-        if name != "ours"
+        if name != "ours" and any(name in report["seconds"] for report in reports)
     ]
     own = {
         "ours, s": lambda report: f"{statistics.median(report['seconds']['ours']):.3f}",
         "in": lambda report: f"{report['steps']:,} steps" if "steps" in report else "-",
-        "ours, ms an epoch": lambda report: _absolute(report, "ours")[0],
+        "ours, ms an epoch, by that": lambda report: _absolute(report, "ours")[0],
         "ours, us a step": lambda report: _absolute(report, "ours")[1],
         "efficiency": lambda report: f"{efficiency(report):.0%}" if "flops" in report else "-",
         "ours, peak MB": lambda report: f"{report['peak_bytes']['ours'] / 1e6:,.0f}" if "peak_bytes" in report else "-",
         "turns": lambda report: str(len(report["seconds"]["ours"])),
+        "on": lambda report: report["machine"],
     }
     rows += [[what, *map(say, reports)] for what, say in own.items()]
     return markdown_table(["time over ours", *(f"`{name}`" for name in results)], rows)
@@ -325,14 +350,14 @@ def _cache_in(folder: str) -> dict[str, str]:
     return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def _whole_process(module: str, recipe: str, compiled: str | None) -> float:
+def _whole_process(module: str, recipe: str, platform: str, compiled: str | None) -> float:
     """Return how long a trainer takes from start to end; ours keeps its programs in `compiled`, the lesson has none."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--out", str(Path(folder) / "run")] if compiled else []
         environment = os.environ | (_cache_in(compiled) if compiled else {})
         start = time.perf_counter()
         ended = subprocess.run(
-            [sys.executable, "-m", module, "--recipe", recipe, *options],
+            [*_module(module, platform), "--recipe", recipe, *options],
             capture_output=True,
             text=True,
             env=environment,
@@ -356,10 +381,12 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
         for package, extra in _needs(name):
             require(package, extra=extra)
     if flags.process:
-        given = [name for name in ("steps", "against", "seeds", "profile", "platform") if getattr(flags, name)]
+        given = [name for name in ("steps", "against", "seeds", "profile") if getattr(flags, name)]
         if given:
             raise UserError(f"--process times the whole of ours and of the lesson's; leave out --{given[0]}")
         require("torch", extra="torch")
+    if (flags.seeds or 0) > MOST_RUNS or recipe.seed + (flags.seeds or 0) > NUM_SEEDS:
+        raise UserError(f"--seeds {flags.seeds} must be {MOST_RUNS:,} or less, and the last seed under {NUM_SEEDS:,}")
     if flags.seeds and flags.against:
         raise UserError("--seeds times our runs together and one after the other; leave out --against")
     if (flags.process or "lesson" in (flags.against or ())) and not _is_a_lesson(recipe):
@@ -378,12 +405,11 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
         require("matplotlib", extra="plot")
 
 
-def default_baselines(recipe: Recipe, platform: str | None) -> list[str]:
-    """Return the programs that are installed here and train this recipe; torch has no TPU."""
+def default_baselines(recipe: Recipe) -> list[str]:
+    """Return the programs that are installed here and train this recipe."""
     installed = [name for name in BASELINES if all(importlib.util.find_spec(package) for package, _ in _needs(name))]
     left_out = set() if recipe.model.name == "cnn" else {"channels_last"}
     left_out |= set() if _is_a_lesson(recipe) else {"lesson"}
-    left_out |= set(BASELINES).difference(ON_JAX) if platform == "tpu" else set()
     return [name for name in installed if name not in left_out]
 
 
@@ -420,7 +446,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pairs", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--steps", type=int, help="steps a turn (default: an epoch's)")
-    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), help="default: an accelerator if there is one")
+    parser.add_argument("--platform", choices=PLATFORMS, help="default: an accelerator if there is one")
     parser.add_argument(
         "--seeds", type=int, metavar="N", help="instead: N runs in one program, and the same runs one after the other"
     )

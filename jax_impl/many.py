@@ -19,7 +19,7 @@ import numpy as np
 from jax_impl.convert import to_canonical
 from jax_impl.optim import is_used, numbers_of
 from jax_impl.programs import check_fits
-from jax_impl.stepper import Stepper, span_of, wait
+from jax_impl.stepper import Stepper, wait
 from jax_impl.trainer import IMPLEMENTATION
 from spec import run_directory, sweep
 from spec.datasets import Dataset
@@ -49,7 +49,7 @@ class ManyTrainer(Stepper):
         for epoch in range(1, self.recipe.epochs + 1):
             start = time.perf_counter()
             stop = self.counts.steps_per_epoch
-            metrics = self._run(self._order(epoch), span_of(epoch, 0, stop))
+            metrics = self._run(epoch, 0, stop)
             wait(metrics)
             every = self.recipe.metrics.progress_every
             for run, (losses, correct) in enumerate(zip(*map(np.asarray, metrics), strict=True)):

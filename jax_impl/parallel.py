@@ -8,6 +8,8 @@ import jax
 
 from spec.errors import UserError
 
+PLATFORMS = ("cpu", "gpu", "tpu")
+
 
 def select_device(platform: str | None) -> jax.Device:
     """Return the first device of `platform`, or of JAX's own choice: an accelerator if there is one, else the CPU.

@@ -15,22 +15,22 @@ def operation_seconds(work: Callable[[], object]) -> dict[str, float]:
     """Return the seconds that each kind of compiled operation took while `work` ran, the longest first.
 
     An operation counts without those that ran inside it: a loop is what it adds to its body. Kinds are the compiler's
-    names without their numbers (`dot`, `copy_fusion`). `work` must wait for the device.
+    names without their numbers (`dot`, `copy_fusion`). An accelerator's own clock counts where there is one, for the
+    host then only launches. `work` must wait for the device.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             work()
         (file,) = Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(file))
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
     seconds: collections.Counter[str] = collections.Counter()
-    for plane in profile.planes:
+    for plane in devices or planes:
         for line in plane.lines:
-            spans = [
-                (event.start_ns, event.duration_ns, kind(event.name))
-                for event in line.events
-                if "hlo_op" in dict(event.stats)
-            ]
-            seconds.update(own_seconds(spans))
+            named = [(event, dict(event.stats).get("hlo_op")) for event in line.events]
+            seconds.update(
+                own_seconds((event.start_ns, event.duration_ns, kind(name)) for event, name in named if name)
+            )
     return dict(seconds.most_common())
 
 

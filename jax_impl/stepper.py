@@ -47,6 +47,7 @@ class Stepper:
         self._test_labels = dataset.test.labels if dataset.test else None
         self._seeds = np.array([run.seed for run in runs] if runs else recipe.seed, np.uint32)
         self._position = (1, 0)
+        self._orders: dict[int, jax.Array] = {}
         programs = programs or compile_programs(recipe, size, device, runs=runs)
         self._state, self._run_steps, self._evaluate, self.compile_seconds = programs
 
@@ -60,22 +61,29 @@ class Stepper:
         while steps > 0:
             epoch, start = self._position
             stop = min(start + steps, self.counts.steps_per_epoch)
-            metrics = self._run(self._order(epoch), span_of(epoch, start, stop))
+            metrics = self._run(epoch, start, stop)
             self._position = (epoch, stop) if stop < self.counts.steps_per_epoch else (epoch + 1, 0)
             steps -= stop - start
-        wait(metrics)
+        return jax.block_until_ready(metrics)
+
+    def _run(self, epoch: int, start: int, stop: int) -> StepMetrics:
+        """Move the state by the steps [start, stop) of `epoch`; return their metrics, which may still be on their way.
+
+        The next epoch's order is drawn while the device is at work.
+        """
+        self._draw(epoch)
+        span = Span(*map(np.int32, (epoch, start, stop)))
+        self._state, metrics = self._run_steps(self._state, self.train_split, self._orders[epoch], span, self._seeds)
+        self._draw(epoch + 1)
         return metrics
 
-    def _order(self, epoch: int) -> jax.Array:
-        """Return the order of the epoch's examples, int32 [n] or [runs, n], on the device."""
-        orders = [epoch_order(int(seed), epoch, self.counts.num_examples) for seed in np.atleast_1d(self._seeds)]
-        order = np.stack(orders).astype(np.int32).reshape(*self._seeds.shape, -1)
-        return jax.device_put(order, self.device)
-
-    def _run(self, order: jax.Array, span: Span) -> StepMetrics:
-        """Move the state by the steps of `span`; return their metrics, which may still be on their way."""
-        self._state, metrics = self._run_steps(self._state, self.train_split, order, span, self._seeds)
-        return metrics
+    def _draw(self, epoch: int) -> None:
+        """Put the order of the epoch's examples, int32 [n] or [runs, n], on the device, unless it is there."""
+        self._orders = {drawn: order for drawn, order in self._orders.items() if drawn >= epoch - 1}
+        if epoch not in self._orders:
+            orders = [epoch_order(int(seed), epoch, self.counts.num_examples) for seed in np.atleast_1d(self._seeds)]
+            order = np.stack(orders).astype(np.int32).reshape(*self._seeds.shape, -1)
+            self._orders[epoch] = jax.device_put(order, self.device)
 
     def _tested(self) -> ExampleMetrics | None:
         """Return what the test split's examples come to as the state is now; None without a split."""
@@ -102,8 +110,3 @@ def wait(metrics: StepMetrics | ExampleMetrics) -> None:
     """Wait for the device in Python: an interrupt is not heard inside JAX's own waiting."""
     while not all(leaf.is_ready() for leaf in metrics):
         time.sleep(POLL_SECONDS)
-
-
-def span_of(epoch: int, start: int, stop: int) -> Span:
-    """Return the steps [start, stop) of an epoch."""
-    return Span(np.int32(epoch), np.int32(start), np.int32(stop))

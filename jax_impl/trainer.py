@@ -12,11 +12,10 @@ import numpy as np
 from jax_impl.background import in_background
 from jax_impl.compile_cache import keep_compiled_programs
 from jax_impl.convert import from_canonical, to_canonical
-from jax_impl.epoch import Span
 from jax_impl.parallel import select_device
 from jax_impl.programs import compile_programs, precision_scope, stored_dtype
 from jax_impl.step import StepMetrics
-from jax_impl.stepper import Stepper, span_of, wait
+from jax_impl.stepper import Stepper, wait
 from spec import datasets
 from spec.datasets import Dataset
 from spec.datasets.sizes import known_size, size_of
@@ -59,14 +58,13 @@ class Trainer(Stepper):
         self._state = self._state._replace(params=trained, batch_stats=batch_stats)
 
     def _run_epoch(self, epoch: int, steps_per_call: int) -> Iterator[StepsDone]:
-        order = self._order(epoch)
-        waiting: tuple[Span, StepMetrics] | None = None
+        waiting: tuple[int, int, int, StepMetrics] | None = None
         for start in range(0, self.counts.steps_per_epoch, steps_per_call):
-            span = span_of(epoch, start, min(start + steps_per_call, self.counts.steps_per_epoch))
-            metrics = self._run(order, span)
+            stop = min(start + steps_per_call, self.counts.steps_per_epoch)
+            metrics = self._run(epoch, start, stop)
             if waiting:
                 yield _steps_done(*waiting)
-            waiting = span, metrics
+            waiting = epoch, start, stop, metrics
         yield _steps_done(*waiting)
 
 
@@ -97,9 +95,8 @@ def memory_explained() -> Iterator[None]:
         ) from None
 
 
-def _steps_done(span: Span, metrics: StepMetrics) -> StepsDone:
+def _steps_done(epoch: int, start: int, stop: int, metrics: StepMetrics) -> StepsDone:
     wait(metrics)
-    epoch, start, stop = map(int, span)
     losses, num_correct = (np.asarray(leaf)[start:stop] for leaf in metrics)
     return StepsDone(epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct)
 

@@ -82,9 +82,9 @@ class Worker:
         self.ready_seconds = self._read()["seconds"]
         self.peak_bytes = 0
 
-    def first_losses(self, steps: int) -> list[float]:
-        """Return the program's `first_losses`."""
-        return self.ask("first_losses", steps)
+    def first_losses(self, steps: int, *, run: int = 0) -> list[float]:
+        """Return the program's `first_losses`, of another than the first `run` if it has several."""
+        return self.ask("first_losses", steps, *([run] if run else []))
 
     def seconds(self, steps: int) -> float:
         """Train `steps` steps; return the seconds that took, measured in the worker."""

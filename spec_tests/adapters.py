@@ -139,23 +139,26 @@ class OracleAdapter:
         return {name: array.copy() for name, array in self._opt_state.items()}
 
     def forward(self, images, *, train, decisions=None) -> Forward:
-        passed = oracle.forward(self.network.recipe.model, self._state, images, train=train, decisions=decisions)
+        passed = self._passed(images, train=train, decisions=decisions)
         activations = _flat_norm0(passed.activations)
         return Forward(activations=activations, batch_stats=passed.batch_stats, decisions=passed.decisions)
 
     def gradients(self, images, labels, *, decisions=None) -> Arrays:
-        recipe = self.network.recipe
-        return oracle.gradients(recipe.model, recipe.loss, self._state, images, labels, decisions=decisions)
+        passed = self._passed(images, train=True, decisions=decisions)
+        return oracle.backward(passed, oracle.loss_gradient(passed.logits, labels, self.network.recipe.loss))
 
     def step(self, images, labels, *, decisions=None) -> tuple[float, int]:
-        recipe, state = self.network.recipe, self._state
         epoch = int(self._opt_state["step"]) // self.network.steps_per_epoch + 1
-        passed = oracle.forward(recipe.model, state, images, train=True, decisions=decisions, sums=self._sums)
+        passed = self._passed(images, train=True, decisions=decisions)
         self.last_activations = passed.activations
         self._state, self._opt_state, loss, num_correct = oracle.step_after(
-            recipe, state, self._opt_state, passed, labels, epoch=epoch
+            self.network.recipe, self._state, self._opt_state, passed, labels, epoch=epoch
         )
         return loss, num_correct
+
+    def _passed(self, images, *, train, decisions) -> oracle.Forward:
+        model = self.network.recipe.model
+        return oracle.forward(model, self._state, images, train=train, decisions=decisions, sums=self._sums)
 
     def evaluate(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
         logits = self.forward(images, train=False).logits

@@ -10,11 +10,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from jax_impl import baselines as jax_baselines
-from jax_impl import bench, profile
+from jax_impl import bench, machine, profile
 from jax_impl.parallel import select_device
 from jax_impl.trainer import Trainer
 from spec import bench_worker, datasets, flops, recipe
@@ -22,6 +23,7 @@ from spec.errors import UserError, exit_status
 from spec.recipe import Model, Recipe
 from spec_tests.assertions import assert_identical
 from spec_tests.conftest import made_up_images
+from spec_tests.tolerances import sum_bound
 from torch_ref import baselines as torch_baselines
 from torch_ref import data as torch_data
 
@@ -57,9 +59,9 @@ import sys
 from spec import bench_worker
 
 class Toy:
-    def first_losses(self, steps):
+    def first_losses(self, steps, run=0):
         print("a library's own words")
-        return [{loss} / (step + 1) for step in range(steps)]
+        return [{loss} / (step + 1) + run * {odd} for step in range(steps)]
 
     def train(self, steps):
         if steps > 50:
@@ -72,21 +74,26 @@ class Toy:
         return 1e9
 
     def profile(self, steps):
-        return {{f"operation{{index}}": 0.5**index * steps for index in range(12)}}
+        operations = {{f"operation{{index}}": 0.5**index for index in range(12)}}
+        return {{"seconds": 4.0, "operations": operations if steps > 1 else {{}}}}
 
 bench_worker.serve(Toy)
 """
 
 
-def toy(tmp_path: Path, name: str, loss: float = 1.0) -> list[str]:
+def toy(tmp_path: Path, name: str, loss: float = 1.0, odd: float = 0.0) -> list[str]:
+    """Return what starts a toy of first loss `loss`; `odd` is how much more that of another run than the first is."""
     file = tmp_path / f"{name}.py"
-    file.write_text(TOY.format(loss=loss))
+    file.write_text(TOY.format(loss=loss, odd=odd))
     return [sys.executable, str(file)]
 
 
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
-    """Put toys in the programs' place, return which were started, where; `stock` does other work."""
+    """Put toys in the programs' place, return which were started, where.
+
+    `stock` does other work, `many` of 7 seeds does not train its last as the first, and `compile` does not start.
+    """
     root = str(Path(bench.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", root)
     losses = {"stock": 1.01}
@@ -94,8 +101,11 @@ def toys(tmp_path, monkeypatch):
 
     def command(name, recipe, platform, *, seeds=None):
         started.append((name, platform, seeds))
-        return toy(tmp_path, name, losses.get(name, 1.0))
+        if name == "compile":
+            return [sys.executable, str(tmp_path / "no_such_file.py")]
+        return toy(tmp_path, name, losses.get(name, 1.0), odd=0.5 if seeds == 7 else 0.0)
 
+    monkeypatch.setattr(bench, "_module", lambda name, platform: toy(tmp_path, "machine"))
     monkeypatch.setattr(bench, "command", command)
     return started
 
@@ -106,7 +116,7 @@ def run(monkeypatch, *arguments: object) -> int:
 
 
 def test_a_worker_answers_and_ends_with_its_driver(tmp_path, toys):
-    with bench_worker.worker("toy", bench.command("toy", "", None)) as program:
+    with bench_worker.worker("toy", bench.command("toy", "", "cpu")) as program:
         assert program.first_losses(3) == [1.0, 1 / 2, 1 / 3]
         assert program.seconds(5) >= 0
         assert program.peak_bytes > 1_000_000
@@ -115,7 +125,7 @@ def test_a_worker_answers_and_ends_with_its_driver(tmp_path, toys):
 
 
 def test_a_worker_that_fails_is_named_with_what_it_said(toys):
-    with bench_worker.worker("toy", bench.command("toy", "", None)) as program, pytest.raises(UserError) as told:
+    with bench_worker.worker("toy", bench.command("toy", "", "cpu")) as program, pytest.raises(UserError) as told:
         program.seconds(51)
     assert "toy ended with status 1; it said: MemoryError: the toy is full" in str(told.value)
 
@@ -209,7 +219,7 @@ def test_a_comparison_is_printed_kept_and_drawn(toys, monkeypatch, tmp_path, cap
     assert report["matmul_flops_per_second"] == [1e9, 1e9]
     assert report["machine"].startswith("toy GPU, ")
     assert bench.load_results(tmp_path) == {"digits, gpu": report}
-    assert toys == [("ours", None, None), ("eager", "gpu", None), ("keras", "gpu", None)]
+    assert toys == [("ours", "gpu", None), ("eager", "gpu", None), ("keras", "gpu", None)]
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -220,7 +230,9 @@ def test_runs_in_one_program_take_turns_with_as_many_one_after_the_other(toys, m
     assert "as many runs, one after the other" in out
     assert "operation9" in out
     assert "operation10" not in out
-    assert "the rest" in out
+    assert "all others" in out
+    assert "no operation" in out
+    assert "the first 20 losses of all 2 programs are the same" in out
     report = json.loads((tmp_path / "times.json").read_text())
     assert {name: len(seconds) for name, seconds in report["seconds"].items()} == {"ours": 1, "alone": 1}
     assert report["flops"] == 5 * 10 * 32 * flops.training_flops(recipe.load("digits").model, (64,), 10)
@@ -229,6 +241,31 @@ def test_runs_in_one_program_take_turns_with_as_many_one_after_the_other(toys, m
     # The toy refuses more than 50 steps at a time: the single run makes those of all five.
     assert run(monkeypatch, *flags[:4], "--steps", 11, "--pairs", 1) == 2
     assert "ours ended with status 1; it said: MemoryError" in capsys.readouterr().err
+
+
+def test_the_last_of_several_runs_must_do_equal_work_too(toys, monkeypatch, capsys):
+    assert run(monkeypatch, "--recipe", "digits", "--seeds", 7, "--pairs", 1) == 2
+    assert "alone does other work: its loss at step 0 is 1.000000, ours 4.000000" in capsys.readouterr().err
+
+
+def test_a_profile_that_names_no_operation_loses_no_times(toys, monkeypatch, capsys, tmp_path):
+    flags = ["--recipe", "digits", "--against", "eager", "--pairs", 1, "--steps", 1, "--profile"]
+    assert run(monkeypatch, *flags, "--json", tmp_path / "times.json") == 0
+    assert "no operation" in capsys.readouterr().out
+    assert json.loads((tmp_path / "times.json").read_text())["profile"]["operations"] == {}
+
+
+def test_a_program_that_nobody_asked_for_is_left_out_where_it_does_not_start(toys, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "default_baselines", lambda recipe: ["compile", "eager"])
+    assert run(monkeypatch, "--recipe", "digits", "--pairs", 1, "--steps", 1) == 0
+    assert "left out: compile ended with status 2" in capsys.readouterr().out
+    assert run(monkeypatch, "--recipe", "digits", "--pairs", 1, "--steps", 1, "--against", "compile") == 2
+    assert "compile ended with status 2" in capsys.readouterr().err
+
+
+def test_an_epoch_of_fewer_steps_is_compared_whole(toys, monkeypatch, capsys):
+    assert run(monkeypatch, "--recipe", "synthetic-3class", "--against", "eager", "--pairs", 1) == 0
+    assert "the first 1 losses of all 2 programs are the same" in capsys.readouterr().out
 
 
 def test_a_program_that_does_other_work_is_not_timed(toys, monkeypatch, capsys):
@@ -246,7 +283,7 @@ def test_a_program_that_does_other_work_is_not_timed(toys, monkeypatch, capsys):
         ("--steps -1", "--steps -1 must be 1 or more"),
         ("--seeds 0", "--seeds 0 must be 1 or more"),
         ("--seeds 4 --against eager", "--seeds times our runs together and one after the other; leave out --against"),
-        ("--process cold --platform cpu", "leave out --platform"),
+        ("--seeds 1001", "--seeds 1001 must be 1,000 or less"),
         ("--process warm --profile", "leave out --profile"),
         ("--recipe mpl128", "no recipe has the name 'mpl128'"),
         ("--json .", "--json . is a directory"),
@@ -270,6 +307,7 @@ def test_a_baseline_that_is_not_installed_says_which_extra_brings_it(package, na
 
 REPORT = {
     "recipe": "mlp128",
+    "machine": "2 CPU cores",
     "flops": 6e9,
     "matmul_flops_per_second": [3e9, 4e9],
     "seconds": {"ours": [2.0, 4.0, 3.0], "eager": [6.0, 4.0, 3.0]},
@@ -279,37 +317,37 @@ REPORT = {
 def test_a_table_says_milliseconds_an_epoch_and_microseconds_a_step():
     report = REPORT | {"steps": 100, "steps_per_epoch": 400}
     rows = bench.table({"mlp128": report}).splitlines()
-    assert "| ours, ms an epoch | 12,000.0 |" in rows
+    assert "| ours, ms an epoch, by that | 12,000.0 |" in rows
+    assert not any(row.startswith("| as many runs") for row in rows)
     assert "| ours, us a step | 30,000.0 |" in rows
-
-
-@pytest.mark.parametrize(("platform", "torchs"), [(None, True), ("gpu", True), ("tpu", False)])
-def test_torch_is_left_out_where_it_does_not_run(platform, torchs):
-    against = bench.default_baselines(recipe.load("mlp128"), platform)
-    assert ("eager" in against) is torchs
-    assert "stock" in against
 
 
 def test_a_command_names_the_platform_and_the_seeds():
     assert bench.command("many", "digits", "gpu", seeds=32)[1:] == [
-        "-m", "jax_impl.baselines", "many", "digits", "--platform", "gpu", "--seeds", "32"
+        "-m", "jax_impl.baselines", "--platform", "gpu", "--seeds", "32", "many", "digits"
     ]  # fmt: skip
-    assert bench.command("eager", "digits", None)[1:] == ["-m", "torch_ref.baselines", "eager", "digits"]
+    assert bench.command("eager", "digits", "cpu")[1:] == [
+        "-m", "torch_ref.baselines", "--platform", "cpu", "eager", "digits"
+    ]  # fmt: skip
 
 
 # Our own program's other answers
 
 
-def test_several_seeds_at_once_give_the_first_ones_losses(few_images):
+def test_several_seeds_at_once_give_the_losses_of_each_alone(few_images):
     of = small("mlp128")
-    many = jax_baselines.Ours(of, select_device("cpu"), seeds=3)
+    many, alone = (jax_baselines.Ours(of, select_device("cpu"), seeds=seeds) for seeds in (3, None))
     assert many.first_losses(4) == pytest.approx(our_losses("mlp128"), rel=bench.LOSS_TOLERANCE)
-    many.train(2)
+    last = alone.first_losses(4, 2)
+    assert many.first_losses(4, 2) == pytest.approx(last, rel=bench.LOSS_TOLERANCE)
+    assert last != pytest.approx(our_losses("mlp128"), rel=bench.LOSS_TOLERANCE)
 
 
 def test_a_profile_is_by_kind_of_operation_each_without_what_ran_inside_it(few_images):
-    found = program("ours", small("mlp128")).profile(3)
+    whole = program("ours", small("mlp128")).profile(3)
+    found = whole["operations"]
     assert sum(found.values()) > 0
+    assert whole["seconds"] > 0
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert any(name.startswith("dot") for name in found)
     spans = [(0.0, 10e9, "while"), (1e9, 4e9, "dot"), (2e9, 1e9, "copy"), (6e9, 2e9, "dot")]
@@ -317,10 +355,18 @@ def test_a_profile_is_by_kind_of_operation_each_without_what_ran_inside_it(few_i
     assert [profile.kind(name) for name in ("dot", "dot.12", "copy_fusion.3.clone.1")] == ["dot", "dot", "copy_fusion"]
 
 
-def test_the_matmul_rate_is_that_of_the_best_product(few_images, monkeypatch):
-    taken = iter([0.5, 0.25, 1.0, 0.5, 0.5])
-    monkeypatch.setattr(jax_baselines, "_seconds", lambda work: next(taken))
-    assert program("ours", small("mlp128")).matmul_rate() == 2 * 2048**3 / 0.25
+@pytest.mark.parametrize("product", [machine.blas_product(64), machine.device_product(64, select_device("cpu"))])
+def test_a_matmul_rate_is_that_of_the_fastest_product(product, monkeypatch):
+    square = np.random.default_rng(0).standard_normal((64, 64), dtype=np.float32)
+    np.testing.assert_allclose(product(), square @ square, rtol=0, atol=sum_bound(64, 64 * 9, np.float32))
+    made, taken = [], iter([0.5, 0.25, 1.0, 0.5, 0.5])
+    monkeypatch.setattr(machine, "_seconds", lambda work: made.append(work()) or next(taken))
+    assert machine.best_rate(product) == 2 * 64**3 / 0.25
+    assert len(made) == 5
+
+
+def test_a_machine_says_its_device():
+    assert machine.Machine(select_device("cpu")).device()["platform"] == "cpu"
 
 
 def test_real_programs_take_turns_in_processes_of_their_own(monkeypatch, capsys):
@@ -346,7 +392,12 @@ def test_ratios_are_turn_by_turn_and_efficiency_is_floor_over_the_median():
 
 
 def test_the_table_has_a_column_a_report():
-    process = {"recipe": "mlp128", "process": "cold", "seconds": {"ours": [1.0], "lesson": [5.0]}}
+    process = {
+        "recipe": "mlp128",
+        "process": "cold",
+        "machine": "2 CPU cores",
+        "seconds": {"ours": [1.0], "lesson": [5.0]},
+    }
     rows = [line.split(" | ") for line in bench.table({"mlp128": REPORT, bench.key(process): process}).splitlines()]
     assert rows[0] == ["| time over ours", "`mlp128`", "`mlp128, whole process, cold` |"]
     by_name = {row[0].removeprefix("| "): row[1:] for row in rows}
@@ -357,10 +408,13 @@ def test_the_table_has_a_column_a_report():
 
 
 @pytest.mark.parametrize("state", ["cold", "warm"])
-def test_whole_processes_take_turns_with_an_empty_or_a_filled_place_for_our_programs(state, monkeypatch):
+def test_whole_processes_take_turns_with_an_empty_or_a_filled_place_for_our_programs(
+    state, tmp_path, toys, monkeypatch
+):
     ran: list[tuple[str, str | None, bool]] = []
 
-    def pretend(module: str, name: str, compiled: str | None) -> float:
+    def pretend(module: str, name: str, platform: str, compiled: str | None) -> float:
+        assert platform == "gpu"
         filled = bool(compiled) and any(Path(compiled).iterdir())
         ran.append((module, name, filled))
         if compiled:
@@ -369,7 +423,8 @@ def test_whole_processes_take_turns_with_an_empty_or_a_filled_place_for_our_prog
 
     monkeypatch.setattr(bench, "_whole_process", pretend)
     monkeypatch.setattr(sys, "argv", ["bench", "--process", state, "--pairs", "2"])
-    report = bench.compare_processes(recipe.load("mlp128"), bench._parser().parse_args())
+    with bench_worker.worker("machine", toy(tmp_path, "machine")) as machine_of_a_gpu:
+        report = bench.compare_processes(recipe.load("mlp128"), bench._parser().parse_args(), machine_of_a_gpu)
     lesson, ours = ("torch_ref.lesson", "mlp128", False), ("jax_impl.train", "mlp128", state == "warm")
     first = [("jax_impl.train", "mlp128", False)] if state == "warm" else []
     assert ran == [*first, lesson, ours, lesson, ours]

@@ -1,8 +1,8 @@
 """The lesson's own program: torchvision's data set, a shuffling DataLoader, a loop over batches, one process.
 
-`python -m torch_ref.lesson [--recipe NAME] [--epochs N]` trains a recipe as the lesson does, with torch's own
-initialisation and order, and prints each epoch's training accuracy and the test accuracy. It is what speed is measured
-against, so nothing in it is tuned.
+`python -m torch_ref.lesson [--recipe NAME] [--epochs N] [--platform PLATFORM]` trains a recipe as the lesson does, with
+torch's own initialisation and order, and prints each epoch's training accuracy and the test accuracy. It is what speed
+is measured against, so nothing in it is tuned.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m torch_ref.lesson", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="mlp128", help="a recipe on idx data (default: mlp128)")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
+    parser.add_argument("--platform", choices=("cpu", "gpu"), help="default: a GPU if there is one")
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
     torch.manual_seed(recipe.seed)
-    model, optimizer = network(recipe, select_device(None))
+    model, optimizer = network(recipe, select_device(arguments.platform))
     train_batches, test_batches = (batches(recipe, train=train) for train in (True, False))
     for epoch in range(1, (arguments.epochs or recipe.epochs) + 1):
         start = time.perf_counter()

@@ -167,10 +167,10 @@ class Forcing:
         terms = self.pair.network.longest_sum(len(labels))
         ratios = error_ratios(ours, theirs, truth, plain=plain, terms=terms, dtype=self.pair.recipe.precision)
         sizes = [abs(decided_on(own.activations, *flip)) for flip in flips]
-        moved = {layer: self._moved(layer) for layer in {layer for layer, _ in flips}}
+        moved = {layer: self.moved(layer) for layer in {layer for layer, _ in flips}}
         self._note(ratios, sizes, [times(size, moved[layer]) for size, (layer, _) in zip(sizes, flips, strict=True)])
 
-    def _moved(self, layer: str) -> float:
+    def moved(self, layer: str) -> float:
         """Return how far rounding moves the values that `layer` decides on: the largest of the layer (S12.6)."""
         exact, plain = (_input(side.last_activations, layer) for side in (self.truth, self.plain))
         return float(np.abs(plain - exact).max())
