@@ -19,16 +19,18 @@ import torch
 
 import jax_impl.step
 import jax_impl.trainer
+import torch_ref.data
 import torch_ref.trainer
 from jax_impl.programs import precision_scope
 from spec import datasets, recipe
 from spec.batches import epoch_order
+from spec.datasets import Dataset, Split
 from spec.errors import UserError
 from spec.recipe import Recipe
 from spec_tests.adapters import ADAPTERS, Adapter, Arrays, Network
 from spec_tests.assertions import assert_error_ratio, assert_within
 from spec_tests.conftest import made_up_images
-from spec_tests.tolerances import KAPPA, PLANTED_FAULT, chain_bound, run_bound, sum_bound, unit_roundoff
+from spec_tests.tolerances import KAPPA, PLANTED_FAULT, chain_bound, formula_bound, run_bound, sum_bound, unit_roundoff
 
 CPU = jax.devices("cpu")[0]
 DATASET = made_up_images(24, 8)
@@ -235,6 +237,21 @@ def test_the_tolerance_rule_fails_on_a_planted_error(side, leaf):
     )
     with pytest.raises(AssertionError, match=f"{leaf}: one side's error .* allowed {KAPPA}"):
         assert_error_ratio(ours, theirs, truth, item="gradients")
+
+
+def test_torchs_images_of_one_channel_have_torchvisions_strides_and_their_variance_is_right():
+    images = np.where(np.random.default_rng(0).random((64, 28, 28, 1)) < 0.5, 0, 255).astype(np.uint8)
+    preprocessing = recipe.load("cnn").preprocessing
+    split = Split(images, np.zeros(64, np.int32))
+    raw = Dataset(name="images", train=split, test=None, class_names=("a", "b"))
+    inputs = torch_ref.data.preprocess(raw, preprocessing, dtype=torch.float32)[0].tensors[0]
+    assert inputs.stride() == torch.zeros(64, 1, 28, 28).stride()
+    convolved = torch.nn.Conv2d(1, 2, 3, padding=1)(inputs).detach()
+    assert convolved.is_contiguous()
+    norm = torch.nn.BatchNorm2d(2, momentum=1.0)
+    norm(convolved)
+    variance = convolved.double().var(dim=(0, 2, 3))
+    assert (norm.running_var - variance).abs().max() <= formula_bound(float(variance.max()), np.float32)
 
 
 def test_a_cancelling_sum_passes_by_the_leafs_largest_value_and_fails_by_ulps():

@@ -220,6 +220,15 @@ S1 = (
         only="channels_moved",
     ),
     Mutant(
+        name="torch-images-channels-last-by-their-strides",
+        clause="S12",
+        says="images of one channel keep the strides of channels last, and BatchNorm adds up in order in float32",
+        path=TORCH_DATA,
+        old=".clone(memory_format=torch.contiguous_format)",
+        new=".contiguous()",
+        only="strides",
+    ),
+    Mutant(
         name="torch-rows-and-columns-swapped",
         clause="S1",
         says="images are turned on their side",
