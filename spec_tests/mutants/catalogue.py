@@ -220,15 +220,6 @@ S1 = (
         only="channels_moved",
     ),
     Mutant(
-        name="torch-images-channels-last-by-their-strides",
-        clause="S12",
-        says="images of one channel keep the strides of channels last, and BatchNorm adds up in order in float32",
-        path=TORCH_DATA,
-        old=".clone(memory_format=torch.contiguous_format)",
-        new=".contiguous()",
-        only="strides",
-    ),
-    Mutant(
         name="torch-rows-and-columns-swapped",
         clause="S1",
         says="images are turned on their side",
@@ -1883,6 +1874,15 @@ S9 = (
 )
 
 S12 = (
+    Mutant(
+        name="torch-images-channels-last-by-their-strides",
+        clause="S12",
+        says="images of one channel keep the strides of channels last, and BatchNorm adds up in order in float32",
+        path=TORCH_DATA,
+        old=".clone(memory_format=torch.contiguous_format)",
+        new=".contiguous()",
+        only="strides",
+    ),
     Mutant(
         name="jax-state-float32",
         clause="S12",
