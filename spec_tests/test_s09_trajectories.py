@@ -228,7 +228,7 @@ def test_a_leaf_may_be_off_by_kappa_times_what_plain_sums_and_independent_roundi
     epochs = list(run.epochs(max_steps=1))
     assert epochs[-1].forced.broken == (0 if allowed else 1)
     assert epochs[-1].forced.worst_leaf == leaf
-    assert epochs[-1].forced.worst_ratio == pytest.approx(times * tolerances.KAPPA, rel=tolerances.ROUNDED_MEAN)
+    assert epochs[-1].forced.worst_ratio == pytest.approx(times * tolerances.KAPPA, rel=tolerances.SEVEN_DIGITS)
 
 
 def test_a_pool_decides_on_the_gap_between_the_two_largest_of_a_window():
