@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 
 
-def operation_seconds(work: Callable[[], object]) -> dict[str, float]:
-    """Return the seconds that each kind of compiled operation took while `work` ran, the longest first.
+def operation_seconds(work: Callable[[], object]) -> tuple[float, dict[str, float]]:
+    """Return the seconds that `work` ran, and those of each kind of compiled operation meanwhile, the longest first.
 
     An operation counts without those that ran inside it: a loop is what it adds to its body. Kinds are the compiler's
     names without their numbers (`dot`, `copy_fusion`). An accelerator's own clock counts where there is one, for the
@@ -20,7 +21,9 @@ def operation_seconds(work: Callable[[], object]) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
+            start = time.perf_counter()
             work()
+            whole = time.perf_counter() - start
         (file,) = Path(folder).rglob("*.xplane.pb")
         planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
@@ -31,7 +34,7 @@ def operation_seconds(work: Callable[[], object]) -> dict[str, float]:
             seconds.update(
                 own_seconds((event.start_ns, event.duration_ns, kind(name)) for event, name in named if name)
             )
-    return dict(seconds.most_common())
+    return whole, dict(seconds.most_common())
 
 
 def own_seconds(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
