@@ -151,7 +151,7 @@ class OracleAdapter:
         epoch = int(self._opt_state["step"]) // self.network.steps_per_epoch + 1
         passed = self._passed(images, train=True, decisions=decisions)
         self.last_activations = passed.activations
-        self._state, self._opt_state, loss, num_correct = oracle.step_after(
+        self._state, self._opt_state, loss, num_correct = oracle.train_step(
             self.network.recipe, self._state, self._opt_state, passed, labels, epoch=epoch
         )
         return loss, num_correct

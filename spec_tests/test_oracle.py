@@ -761,10 +761,7 @@ def test_a_step_reports_the_loss_before_it_and_moves_parameters_and_statistics()
     grads, passed = given.gradients(SMOOTHED_SUM), given.forward()
     opt_state = oracle.initial_opt_state(optimizer, grads)
     kept = {name: value.copy() for name, value in given.state.items()}
-    arguments = (given.inputs, given.labels)
-    state, after, loss, correct = oracle.train_step(
-        changed, given.state, opt_state, *arguments, epoch=2, decisions=given.masks
-    )
+    state, after, loss, correct = oracle.train_step(changed, given.state, opt_state, passed, given.labels, epoch=2)
     assert list(state) == list(given.state)
     for name, grad in grads.items():
         assert_near(state[name], kept[name] - 0.05 * grad, tolerance=ORACLE_FORMULA)  # half of 0.1 in epoch 2
@@ -796,7 +793,7 @@ def test_the_optimisers_state_is_flat_and_keeps_its_names(optimizer, buffers):
     opt_state = oracle.initial_opt_state(optimizer, {name: given.state[name] for name in names})
     assert list(opt_state) == ["step", *(f"{buffer}.{name}" for buffer in buffers for name in names)]
     changed = recipe_of(given.model, optimizer=optimizer)
-    _, after, _, _ = oracle.train_step(changed, given.state, opt_state, given.inputs, given.labels, epoch=1)
+    _, after, _, _ = oracle.train_step(changed, given.state, opt_state, given.forward(), given.labels, epoch=1)
     assert after.keys() == opt_state.keys()
     assert {key: value.shape for key, value in after.items()} == {key: value.shape for key, value in opt_state.items()}
     assert after["step"].dtype == opt_state["step"].dtype == np.int64

@@ -7,7 +7,7 @@ from spec.oracle.metrics import accuracy, weighted_mean
 from spec.oracle.network import Forward, backward, forward, gradients, layer_names
 from spec.oracle.optimizers import initial_opt_state, learning_rate, update
 from spec.oracle.sums import FLOAT64, PlainSums, Sums
-from spec.oracle.training import step_after, train_step
+from spec.oracle.training import train_step
 
 __all__ = [
     "FLOAT64",
@@ -27,7 +27,6 @@ __all__ = [
     "sigmoid",
     "softmax",
     "softmax_regression_gradients",
-    "step_after",
     "train_step",
     "two_layer_binary_gradients",
     "update",
