@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from spec.recipe import Data
 
 SHARED_MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
+COUNTED = "counted"
 
 FRAMEWORKS = {"jax": jax_impl.train.main, "torch": torch_ref.train.main}
 
@@ -37,6 +39,33 @@ class Ended(NamedTuple):
     status: int
     out: str
     err: str
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Callable[[str, int], None]:
+    """Return a function that has the run's last lines say how many of something a test has put through.
+
+    Nothing counts as nothing: a number under 1 fails the test.
+    """
+
+    def count(what: str, number: int) -> None:
+        assert number > 0, f"{what}: none at all"
+        record_property(COUNTED, (what, number))
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the tests that passed have counted."""
+    totals: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == COUNTED:
+                totals[value[0]] += value[1]
+    if totals:
+        terminalreporter.section("counted")
+        for what, number in sorted(totals.items()):
+            terminalreporter.write_line(f"{what}: {number:,}")
 
 
 @pytest.fixture
