@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from spec.signals import Stopped, raise_on_sigterm
+
 
 class UserError(Exception):
     """Something the user gave is wrong; the message names the value, the rule and the mend."""
@@ -43,6 +45,7 @@ def run_program(program: Callable[[], None]) -> NoReturn:
     A failed or interrupted one leaves at once: the threads of a device program that is still running, and output that
     cannot be flushed, would otherwise crash the interpreter as it shuts down.
     """
+    raise_on_sigterm()
     status = exit_status(program)
     if status == 0:
         sys.exit(0)
@@ -66,7 +69,8 @@ def python_command() -> str:
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`; return 0, 2 after a mistake of the user's, 130 after an interrupt, 141 after a broken pipe."""
+    """Run `program`; return 0, 2 after a mistake of the user's, 130 or 143 after SIGINT or SIGTERM, 141 after a broken
+    pipe."""
     try:
         program()
         print(end="", flush=True)
@@ -79,6 +83,9 @@ def exit_status(program: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(str(stopped) or "terminated", file=sys.stderr)
+        return 128 + stopped.number
     except BrokenPipeError:
         return 141
     except OSError as error:
