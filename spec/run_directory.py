@@ -111,8 +111,9 @@ class RunDirectory:
         with self.explained():
             for name in OUTCOME:
                 (self.folder / name).unlink(missing_ok=True)
+        self.write_json(CONFIG, config)  # first, for it tells a run from any other directory
+        with self.explained():
             write_atomic(self.folder / METRICS, metrics)
-        self.write_json(CONFIG, config)
 
     def metrics(self) -> bytes:
         """Return `metrics.jsonl` as it is now."""
@@ -134,7 +135,7 @@ class RunDirectory:
         file's sha256."""
         from safetensors.numpy import save
 
-        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        content = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
         with self.explained():
             write_atomic(self.folder / name, content)
         return hashlib.sha256(content).hexdigest()

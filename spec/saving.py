@@ -70,13 +70,15 @@ class Saver:
         self._keep, self._about, self._write_state = keep, about, write_state
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self._saving: Future | None = None
-        self._saved_step: int | None = None
+        self._saved: Position | None = None
         self._began = time.monotonic()
         self._seconds = SECONDS_OF_A_SAVE
 
     def due(self, position: Position, steps_per_epoch: int) -> bool:
         """Return whether a checkpoint is to be written at `position`, in the middle of an epoch."""
         interval = self.interval
+        if position.step == steps_per_epoch:
+            return False  # the evaluation comes first
         if interval.steps:
             return ((position.epoch - 1) * steps_per_epoch + position.step) % interval.steps == 0
         return interval.seconds is not None and time.monotonic() - self._began >= interval.seconds
@@ -89,10 +91,10 @@ class Saver:
 
     def save(self, snapshot: Any, history: History, *, score: float | None) -> None:
         """Have a checkpoint written of what `snapshot` and `history` hold now, once the last one is."""
-        if self.interval.never or self._saved_step == history.step:
+        if self.interval.never or self._saved == history.position:
             return
         self.wait()
-        self._began, self._saved_step = time.monotonic(), history.step
+        self._began, self._saved = time.monotonic(), history.position
         files = {
             checkpoints.HISTORY: json.dumps(history.to_mapping(), allow_nan=False).encode(),
             checkpoints.METRICS: self.directory.metrics(),

@@ -15,7 +15,7 @@ Snapshot = dict[str, np.ndarray]
 
 def write(snapshot: Snapshot, folder: Path) -> None:
     """Write a trainer's snapshot into `folder`, each array made contiguous first (a strided one is scrambled)."""
-    save_file({name: np.ascontiguousarray(array) for name, array in snapshot.items()}, folder / STATE)
+    save_file({name: np.asarray(array, order="C") for name, array in snapshot.items()}, folder / STATE)
 
 
 def read(folder: Path, *, like: Snapshot) -> Snapshot:
