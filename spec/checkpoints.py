@@ -90,7 +90,7 @@ def verify(path: Path) -> Checkpoint:
     """Return the checkpoint at `path`. Raises CheckpointError, naming the file, when one is not as it was written."""
     manifest = _manifest(path)
     if _name(manifest["step"]) != path.name:
-        raise CheckpointError(f"{path} holds the checkpoint of step {manifest['step']:,}")
+        raise CheckpointError(f"{path / MANIFEST} is of step {manifest['step']:,}, and its folder is not")
     for name, (size, sha256) in manifest["files"].items():
         file = path / name
         try:

@@ -96,7 +96,7 @@ def _from(path: Path, flags: Flags, framework: str) -> Start:
 
 def _lines(found: Checkpoint | None, run: Path, config: Mapping) -> list[str]:
     if found is None:
-        return [f"{run} has no checkpoint yet: it begins anew"]
+        return [f"{run} has no checkpoint to go on from: it begins anew"]
     position = found.history()["position"]
     made_by = found.manifest["versions"]
     lines = [f"going on from {found.path}, epoch {position['epoch']}, step {position['step']:,}"]

@@ -82,7 +82,7 @@ class Session:
                 refuse_nonfinite(state, self.recipe)
             self._save(self.recorder.epochs[-1]["test_accuracy"])
             self.saver.wait()
-            sha256 = self.directory.write_arrays(WEIGHTS, state)
+            sha256 = self.directory.write_arrays(WEIGHTS, state) if _is_finite(state) else None
         seconds = sum(figures["seconds"] for figures in self.recorder.epochs)
         return self.recorder.summary(seconds, self.trainer.compile_seconds) | {"weights_sha256": sha256}
 
@@ -103,7 +103,7 @@ class Session:
         """Remember the state as it is now, and have it written if a checkpoint is `due`; unless it is spoiled."""
         snapshot = self.trainer.snapshot()
         if self.flags.on_nonfinite == "ignore" and not _is_finite(self.trainer.state()):
-            self.display.line(f"step {self.history.step:,} is not saved: its state is not finite")
+            self.display.line(f"the state after step {self.history.step:,} is not finite, and not saved")
             return
         self.good, self.sound = self.history.position, snapshot
         if due:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
 import signal
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-import jax_impl.trainer
-from jax_impl.programs import compile_programs
 from spec import checkpoints, session
 from spec.checkpoints import Checkpoint
-from spec.datasets.sizes import size_of
 from spec.history import EpochDone, Event, Position
 from spec.pace import Pace
 from spec.recorder import Recorder
@@ -32,6 +27,7 @@ FLAGS = (
     "--schedule.name step --schedule.step-epochs 2 --schedule.gamma 0.5 --metrics.progress-every 3 --quiet"
 ).split()
 both = pytest.mark.parametrize("framework", FRAMEWORKS)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 class FewImages:
@@ -45,28 +41,6 @@ class FewImages:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         generator = np.random.default_rng(index)
         return generator.integers(0, 128, (8, 8, 1), dtype=np.uint8) + np.uint8(100 * (index % 2)), index % 2
-
-
-@functools.cache
-def programs(recipe, size, device):
-    made = compile_programs(recipe, size, device)
-    return made._replace(state=jax.tree.map(np.array, made.state))
-
-
-@pytest.fixture(autouse=True)
-def compiled_once(monkeypatch):
-    """Give every trainer of a recipe the same compiled programs: what is tested here is not the compiler."""
-
-    def prepare(recipe, device, *, skips=False):
-        def trainer(dataset):
-            made = programs(recipe, size_of(dataset), device)
-            state = jax.device_put(jax.tree.map(np.array, made.state), device)
-            return jax_impl.trainer.Trainer(recipe, dataset, device, programs=made._replace(state=state))
-
-        return trainer
-
-    changed = dataclasses.replace(jax_impl.trainer.IMPLEMENTATION, prepare=prepare)
-    monkeypatch.setattr(jax_impl.trainer, "IMPLEMENTATION", changed)
 
 
 @pytest.fixture

@@ -87,10 +87,8 @@ class Trainer(spec.trainer.Trainer):
         convert.load_optimizer(self.optimizer, self.network, opt_state)
         self.steps, self.updates = int(snapshot["steps"]), int(opt_state["step"])
         self.scheduler = optim.scheduler(self.recipe, self.optimizer)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that this optimiser has not made a step yet
-            for _ in range(self.steps // self.counts.steps_per_epoch):
-                self.scheduler.step()
+        for _ in range(self.steps // self.counts.steps_per_epoch):
+            self._end_epoch()
 
     def _train(self, epoch: int, start: int, stop: int) -> StepsDone:
         order = epoch_order(self.recipe.seed, epoch, self.counts.num_examples)
@@ -100,7 +98,7 @@ class Trainer(spec.trainer.Trainer):
             metrics.append(self._step(*(tensor.to(self.device) for tensor in batch)))
             self.steps += 1
             if step + 1 == self.counts.steps_per_epoch:
-                self.scheduler.step()
+                self._end_epoch()
         losses, num_correct = (np.array(column) for column in zip(*metrics, strict=True))
         return StepsDone(
             epoch=epoch,
@@ -121,6 +119,11 @@ class Trainer(spec.trainer.Trainer):
             self.restore(before)
             return math.nan, num_correct
         return loss, num_correct
+
+    def _end_epoch(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this optimiser has not made a step yet
+            self.scheduler.step()
 
     def _is_finite(self) -> bool:
         return all(np.isfinite(array).all() for array in self.snapshot().values())
