@@ -11,7 +11,7 @@ from spec.command_line import Flags
 from spec.datasets import Dataset
 from spec.display import Display
 from spec.errors import UserError
-from spec.history import EpochDone, Event, Position
+from spec.history import EpochDone, Event, Position, StepsDone
 from spec.pace import Pace
 from spec.recorder import DivergedError, Recorder, mend, refuse_nonfinite
 from spec.resume import Start
@@ -87,17 +87,22 @@ class Session:
         return self.recorder.summary(seconds, self.trainer.compile_seconds) | {"weights_sha256": sha256}
 
     def _take(self, event: Event) -> None:
-        """Record an event, and save when it is time."""
+        """Record an event, and save when it is time; what is recorded is at most one save ahead of what is kept."""
+        ends = isinstance(event, EpochDone)
+        due = self.saver.due_at_epochs_end() if ends else event.at_rest and self._is_due(event)
+        if due:
+            self.saver.wait()
         try:
             self.recorder.take(event)
         except DivergedError:
-            if isinstance(event, EpochDone):
+            if ends:
                 raise
             self._explain(Position(event.epoch, event.stop))
-        if isinstance(event, EpochDone):
-            self._save(self.recorder.epochs[-1]["test_accuracy"], due=self.saver.due_at_epochs_end())
-        elif event.at_rest and self.saver.due(self.history.position, self.trainer.counts.steps_per_epoch):
-            self._save()
+        if ends or due:
+            self._save(self.recorder.epochs[-1]["test_accuracy"] if ends else None, due=due)
+
+    def _is_due(self, done: StepsDone) -> bool:
+        return self.saver.due(Position(done.epoch, done.stop), self.trainer.counts.steps_per_epoch)
 
     def _save(self, score: float | None = None, *, due: bool = True) -> None:
         """Remember the state as it is now, and have it written if a checkpoint is `due`; unless it is spoiled."""
