@@ -34,12 +34,13 @@ class Started(NamedTuple):
     out: Path
     err: Path
 
-    def wait_for(self, sign: Callable[[], bool], *, poll: float = 0.002) -> None:
-        """Return once `sign` is there. Raises AssertionError, with what the process said, when it ended before."""
-        deadline = time.monotonic() + PATIENCE
+    def wait_for(self, sign: Callable[[], bool], *, poll: float = 0.002, seconds: float = PATIENCE) -> None:
+        """Return once `sign` is there. Raises AssertionError, with what the process said, when it ended before, or when
+        so many `seconds` are over."""
+        deadline = time.monotonic() + seconds
         while not sign():
             assert self.process.is_alive(), f"ended with {self.process.exitcode}: {self.err.read_text()}"
-            assert time.monotonic() < deadline, f"nothing within {PATIENCE} s: {self.out.read_text()}"
+            assert time.monotonic() < deadline, f"nothing within {seconds} s: {self.out.read_text()}"
             time.sleep(poll)
 
     def send(self, number: int) -> None:
