@@ -14,6 +14,7 @@ import tyro
 
 from spec import recipe as recipes
 from spec.recipe import DataSource, Recipe
+from spec.run_directory import CONFIG, run_of
 
 DEFAULT_RECIPE = "mlp128"
 WIDE = 200  # columns of the table: a narrow terminal wraps whole rows, and names stay whole
@@ -89,8 +90,7 @@ def _recipe_of(resume: str) -> str:
     """Return the recipe that `--resume` asks for, unless `--recipe` does: that of the run it names."""
     if resume in ("auto", "never"):
         return DEFAULT_RECIPE
-    path = Path(resume).expanduser()
-    return str(path if (path / "config.json").is_file() else path.parent.parent)
+    return str((run_of(Path(resume).expanduser()) / CONFIG).absolute())
 
 
 def print_recipe(recipe: Recipe) -> None:

@@ -61,8 +61,6 @@ def check(flags: Flags) -> None:
     parse_interval(flags.checkpoint_every)
     if flags.keep_checkpoints < 1:
         raise UserError(f"--keep-checkpoints {flags.keep_checkpoints} keeps none; use 1 at least")
-    if flags.overwrite and flags.resume != "auto" and flags.out is None:
-        raise UserError("--overwrite is for the run that --out names; name it, or leave --overwrite out")
 
 
 def config(recipe: Recipe, flags: Flags, made_by: Mapping) -> dict:

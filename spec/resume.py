@@ -74,10 +74,10 @@ def _go_on(run: Path, flags: Flags, framework: str) -> Start:
 
 def _from(path: Path, flags: Flags, framework: str) -> Start:
     """Return the start of a run from that of `--resume PATH`, a run directory or one of its checkpoints."""
-    run = path if (path / CONFIG).is_file() else path.parent.parent
-    if not (run / CONFIG).is_file():
-        raise UserError(f"--resume {path} is neither a run directory nor one of its checkpoints; or use auto or never")
+    run = run_directory.run_of(path)
     if run == path and flags.out in (None, run):
+        if flags.overwrite:
+            raise UserError(f"--resume {path} goes on with what --overwrite would replace; leave one of them out")
         return _go_on(run, flags, framework)
     if flags.out is None or flags.out == run:
         raise UserError(f"--resume {path} goes back in {run}, which stays as it is; name a new directory with --out")

@@ -45,6 +45,16 @@ def check_usable(path: Path, *, overwrite: bool) -> None:
         raise RunDirectoryError(f"--out {path} cannot be written: no permission in {parent}; name another directory")
 
 
+def run_of(path: Path) -> Path:
+    """Return the run directory that `path` is, or is a checkpoint of. Raises RunDirectoryError for anything else."""
+    for run in (path, path.parent.parent):
+        if os.path.isfile(run / CONFIG):
+            return run
+    raise RunDirectoryError(
+        f"--resume {path} is neither a run directory nor one of its checkpoints; name one, or use auto or never"
+    )
+
+
 def contents(path: Path) -> list[str]:
     """Return the names of what is in a directory, sorted, the lock's left out; none if there is no directory.
 

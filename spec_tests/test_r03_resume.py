@@ -122,6 +122,42 @@ def test_a_run_stopped_after_each_of_its_40_steps_is_the_unbroken_one(
 
 
 @both
+def test_resume_with_the_name_of_a_run_alone_goes_on_with_it(
+    framework, trainer_command, tmp_path, stops_after, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    stops_after(5)
+    assert trainer_command(*FLAGS, "--out", "run", framework=framework).status == 143
+    refused = trainer_command("--resume", "run", "--overwrite", framework=framework)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "leave one of them out" in refused.err
+    stops_after(0)
+    ended = trainer_command("--resume", "run", framework=framework)
+    assert ended.status == 0, ended.err
+    assert "going on from run/checkpoints/00000005, epoch 1, step 5" in ended.out
+    assert last(Path("run")).step == STOPS
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--resume", "nowhere"], "--resume nowhere is neither a run directory nor one of its checkpoints; name one"),
+        (["--recipe", "digits", "--resume", "nowhere"], "is neither a run directory nor one of its checkpoints"),
+        (["--recipe", "digits", "--checkpoint-every", "0"], "is no interval; use steps (500), time (30s, 5m, 1h)"),
+        (["--recipe", "digits", "--checkpoint-every", "often"], "--checkpoint-every often is no interval"),
+        (["--recipe", "digits", "--keep-checkpoints", "0"], "--keep-checkpoints 0 keeps none; use 1 at least"),
+    ],
+)
+def test_what_cannot_be_resumed_or_kept_is_refused(flags, said, trainer_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = trainer_command(*flags)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert said in refused.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@both
 def test_a_run_forked_from_an_older_checkpoint_ends_as_the_run_it_came_from(
     framework, trainer_command, tmp_path, stops_after
 ):
