@@ -43,6 +43,15 @@ def read_verified(path: Path, file: IdxFile) -> bytes:
     raise DataError(f"{path} is damaged: its sha256 is {digest}, and should be {file.sha256}")
 
 
+def read_cached(idx_set: IdxSet, file: IdxFile) -> bytes:
+    """Return the content of a file of the cache; DataError unless it is `file`'s, as torchvision reads it: not gzip."""
+    path = raw_folder(idx_set) / file.name
+    content = read_verified(path, file)
+    if path.stat().st_size != len(content):
+        raise DataError(f"{path} is compressed; the cache holds its files uncompressed")
+    return content
+
+
 def missing_files(idx_set: IdxSet) -> list[IdxFile]:
     """Return the files that the cache lacks."""
     return [file for file in idx_set.files if not os.path.exists(raw_folder(idx_set) / file.name)]
@@ -56,7 +65,7 @@ def damage(idx_set: IdxSet) -> dict[str, str]:
         try:
             if not os.path.exists(path):
                 raise DataError(f"{path} is missing")
-            read_verified(path, file)
+            read_cached(idx_set, file)
         except DataError as error:
             found[file.name] = str(error)
     return found
