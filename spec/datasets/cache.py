@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from spec.datasets import idx
 from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
 from spec.errors import DataError, python_command
-from spec.files import write_atomic
+from spec.files import expanded, write_atomic
 
 LOCK_SECONDS = 900
 
@@ -21,7 +21,7 @@ LOCK_SECONDS = 900
 def root() -> Path:
     """Return the cache's root: `$LOCKSTEP_CACHE`, else `lockstep` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if named := os.environ.get("LOCKSTEP_CACHE"):
-        return Path(named).expanduser()
+        return expanded(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
 
 
