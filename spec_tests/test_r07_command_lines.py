@@ -179,7 +179,7 @@ def bad_words(rule: Rule) -> Iterator[list[str]]:
     if rule.kind is list:
         good, rest = good_elements(rule)
         found = ([*words, *map(str, rest)] for words in bad_words(rule.elements[0]))
-        yield from (words for words in found if "--" not in words)  # which ends the options
+        yield from (words for words in found if not {"--", "-first"} & set(words))  # by itself either is an option
         yield from ([str(good)] * length for length in wrong_lengths(rule))
         return
     if rule.kind is not str:
