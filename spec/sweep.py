@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 from spec import recipe as recipes
 from spec.command_line import Flags
@@ -262,14 +261,7 @@ def _path(field: str) -> tuple[str, ...]:
 
 
 def _paths() -> Iterator[tuple[str, ...]]:
-    hints = get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
-        if field.name in FIXED:
-            continue
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from ((field.name, inner.name) for inner in dataclasses.fields(hints[field.name]))
-        else:
-            yield (field.name,)
+    return (path for path in recipes.paths() if path[0] not in FIXED)
 
 
 def _outcome(row: Mapping) -> list[str]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -149,10 +150,10 @@ def test_the_readmes_other_commands_are_known():
         assert command.startswith(known) or (module and module[1] in modules), command
 
 
-def test_the_readmes_python_runs(capsys):
+def test_the_readmes_python_runs(capsys, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    namespace: dict = {}
-    exec(compile(code, "README.md", "exec"), namespace)
+    (tmp_path / "readme.py").write_text(code)
+    namespace = runpy.run_path(str(tmp_path / "readme.py"))
     assert set(namespace["weights"]) == {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
     assert float(capsys.readouterr().out.split()[-1]) > 0.95  # the last epoch's test accuracy
 
