@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str], *, program: str, description: str, kind: typ
     scanner.add_argument("--recipe")
     scanner.add_argument("--resume", default="auto")
     given = scanner.parse_known_args(arguments)[0]
-    name = given.recipe or _recipe_of(given.resume)
+    name = _recipe_of(given.resume) if given.recipe is None else given.recipe
     default = kind(recipe=name, config=recipes.load(name))
     flags = _parsed(kind, arguments, default=default, prog=program, description=description)
     checked = recipes.parse(recipes.to_mapping(flags.config), source=name)
@@ -89,7 +89,7 @@ def _recipe_of(resume: str) -> str:
     """Return the recipe that `--resume` asks for, unless `--recipe` does: that of the run it names."""
     if resume in ("auto", "never"):
         return DEFAULT_RECIPE
-    return str((run_of(Path(resume).expanduser()) / CONFIG).absolute())
+    return str((run_of(expanded(Path(resume))) / CONFIG).absolute())
 
 
 def _parsed(kind: type[F], arguments: Sequence[str], **about: Any) -> F:
