@@ -1,6 +1,15 @@
-"""Between the canonical state of `spec.params` (torch's layouts) and Flax's nested dicts (S3)."""
+"""Between the canonical state of `spec.params` (torch's layouts) and Flax's nested dicts (S3).
+
+`python -m jax_impl.convert RUN_OR_FILE OUT` is the command of `spec.conversion`.
+"""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports: the command needs no JAX, and ends here
+    from spec.conversion import main
+    from spec.errors import run_program
+
+    run_program(main)
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,15 @@
-"""Between the canonical states of `spec.params` and torch's modules and optimisers. Copies: no memory is shared."""
+"""Between the canonical states of `spec.params` and torch's modules and optimisers. Copies: no memory is shared.
+
+`python -m torch_ref.convert RUN_OR_FILE OUT` is the command of `torch_ref.conversion`.
+"""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports: torch's is only due once the flags are known to be right
+    from spec.errors import run_program
+    from torch_ref.conversion import main
+
+    run_program(main)
 
 from collections.abc import Iterator, Mapping
 
