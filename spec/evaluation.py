@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -21,8 +21,16 @@ from spec.recipe import DataSource, Recipe
 from spec.run_reader import Run
 from spec.table import print_table
 
-ROUNDING = 1e-5
-"""The share by which two mean losses in float32 may differ and still be one: another framework's sums, or device's."""
+
+class Rounding(NamedTuple):
+    """How far the figures of the same weights may be apart on another framework or device: the mean loss, as a share of
+    itself, and the share of the answers that turn."""
+
+    loss: float
+    answers: float
+
+
+ROUNDING = {"float64": Rounding(1e-9, 0), "float32": Rounding(1e-5, 1e-4), "bfloat16": Rounding(1e-2, 1e-2)}
 
 Evaluate = Callable[[Recipe, Dataset, Mapping[str, np.ndarray], Any], tuple[np.ndarray, np.ndarray]]
 """An implementation's part: of recipe, data set, canonical state and device, the loss [n] in nats and the predicted
@@ -74,7 +82,7 @@ def run(flags: Flags, of: Run, implementation: Implementation, evaluate: Evaluat
     report = {"run": str(of.path), "recipe": of.recipe.name, "made_by": of.made_by, "split": flags.split}
     report |= {"framework": implementation.framework, "device": implementation.describe_device(device)}
     report |= figures(losses, predictions, dataset.test.labels, dataset.class_names)
-    report |= comparison(report, of.summary)
+    report |= comparison(report, of.summary, ROUNDING[of.recipe.precision])
     show(report)
     if flags.json:
         write_atomic(flags.json, (json.dumps(report, indent=2) + "\n").encode())
@@ -103,7 +111,7 @@ def figures(
     }
 
 
-def comparison(report: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, Any]:
+def comparison(report: Mapping[str, Any], summary: Mapping[str, Any] | None, rounding: Rounding) -> dict[str, Any]:
     """Return the run's own test figures, and whether the report's are equal: "bit for bit", "but for rounding" or "no".
 
     Both are None where there is nothing to compare: another split, or weights that came from a file.
@@ -111,9 +119,12 @@ def comparison(report: Mapping[str, Any], summary: Mapping[str, Any] | None) -> 
     own = {name: (summary or {}).get(f"test_{name}") for name in ("loss", "accuracy")}
     if report["split"] != "test" or not all(isinstance(value, float | int) for value in own.values()):
         return {"summary": None, "equal": None}
+    turned = round(abs(report["accuracy"] - own["accuracy"]) * report["examples"])
     if all(report[name] == value for name, value in own.items()):
         equal = "bit for bit"
-    elif report["accuracy"] == own["accuracy"] and abs(report["loss"] - own["loss"]) <= ROUNDING * abs(own["loss"]):
+    elif abs(report["loss"] - own["loss"]) <= rounding.loss * abs(own["loss"]) and (
+        turned <= rounding.answers * report["examples"]
+    ):
         equal = "but for rounding"
     else:
         equal = "no"
@@ -146,9 +157,9 @@ def _compared(report: Mapping[str, Any]) -> str:
     if report["equal"] == "bit for bit":
         return "equal to the run's own summary.json, bit for bit"
     if report["equal"] == "but for rounding":
-        return (
-            f"equal to the run's own summary.json but for rounding: the loss is {report['loss'] - own['loss']:+.1e} off"
-        )
+        off = {name: f"{report[name] - own[name]:+.1e}" for name in own if report[name] != own[name]}
+        said = " and ".join(f"the {name} is {value}" for name, value in off.items())
+        return f"equal to the run's own summary.json but for rounding: {said} off"
     return (
         f"NOT equal to the run's own summary.json, which says loss {own['loss']:.4f}, accuracy {own['accuracy']:.4f}: "
         "other data, another device, or other weights"

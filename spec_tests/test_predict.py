@@ -140,21 +140,29 @@ def test_weights_without_a_summary_have_nothing_to_be_compared_with(framework, t
 
 
 @pytest.mark.parametrize(
-    ("loss", "accuracy", "equal"),
+    ("precision", "loss", "accuracy", "equal"),
     [
-        (0.5, 0.75, "bit for bit"),
-        (0.5 * (1 + 2**-17), 0.75, "but for rounding"),
-        (0.5 * (1 + 2**-16), 0.75, "no"),
-        (0.5, 0.74, "no"),
-        (None, None, None),
-        ("0.5", 0.75, None),
+        ("float32", 0.5, 0.75, "bit for bit"),
+        ("float32", 0.5 * (1 + 2**-17), 0.75, "but for rounding"),
+        ("float32", 0.5 * (1 + 2**-16), 0.75, "no"),
+        ("float32", 0.5, 0.7499, "but for rounding"),
+        ("float32", 0.5, 0.7498, "no"),
+        ("float64", 0.5 * (1 + 2**-30), 0.75, "but for rounding"),
+        ("float64", 0.5 * (1 + 2**-29), 0.75, "no"),
+        ("float64", 0.5, 0.7499, "no"),
+        ("bfloat16", 0.5 * (1 - 2**-7), 0.755, "but for rounding"),
+        ("bfloat16", 0.5 * (1 - 2**-6), 0.75, "no"),
+        ("bfloat16", 0.5, 0.7399, "no"),
+        ("float32", None, None, None),
+        ("float32", "0.5", 0.75, None),
     ],
 )
-def test_equal_means_bits_or_the_rounding_of_sums(loss, accuracy, equal):
-    report = {"split": "test", "loss": 0.5, "accuracy": 0.75}
-    found = evaluation.comparison(report, {"test_loss": loss, "test_accuracy": accuracy})
-    assert found["equal"] == equal
-    assert evaluation.comparison(report | {"split": "train"}, found["summary"])["equal"] is None
+def test_equal_means_bits_or_rounding_and_no_more_of_it_than_the_precision_has(precision, loss, accuracy, equal):
+    report, rounding = {"split": "test", "loss": 0.5, "accuracy": 0.75, "examples": 10_000}, evaluation.ROUNDING
+    summary = {"test_loss": loss, "test_accuracy": accuracy}
+    assert evaluation.comparison(report, summary, rounding[precision])["equal"] == equal
+    assert evaluation.comparison(report | {"split": "train"}, summary, rounding[precision])["equal"] is None
+    assert evaluation.comparison(report, None, rounding[precision])["equal"] is None
 
 
 def test_a_class_without_examples_has_no_accuracy():
