@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,17 +49,15 @@ def read_file(path: Path) -> bytes:
 
 
 def from_safetensors(content: bytes, *, source: str) -> dict[str, np.ndarray | Foreign]:
-    """Return the arrays in `content` by name: read-only views of it.
+    """Return the arrays in `content` by name.
 
-    Raises StateError, naming `source`, unless it is safetensors from the first byte to the last, each name once.
+    Raises StateError, naming `source`, unless it is safetensors from the first byte to the last.
     """
     from safetensors import SafetensorError, deserialize
 
     try:
-        listed = deserialize(content)
-        _refuse_names_there_twice(content)
-        return {name: _array(entry) for name, entry in listed}
-    except (SafetensorError, ValueError, RecursionError) as error:
+        return {name: _array(entry) for name, entry in deserialize(content)}
+    except (SafetensorError, ValueError) as error:
         reason = str(error).removeprefix("Error while deserializing: ")
         raise StateError(
             f"{source} is damaged, or no safetensors file: {shown(reason)}; make it anew, or name another"
@@ -130,16 +126,3 @@ def _array(entry: Mapping[str, Any]) -> np.ndarray | Foreign:
     if entry["dtype"] not in _DTYPES:
         return Foreign(shape, entry["dtype"])
     return np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(shape)
-
-
-def _refuse_names_there_twice(content: bytes) -> None:
-    """Raise ValueError when the header has a name twice, of which the library would take the last."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{name!r} is there twice")
-        return found
-
-    length = int.from_bytes(content[:8], "little")
-    json.loads(content[8 : 8 + length], object_pairs_hook=once)

@@ -260,9 +260,8 @@ def with_length(generator: np.random.Generator) -> bytes:
 
 def with_a_name_twice(generator: np.random.Generator) -> bytes:
     header, data = split()
-    name = str(generator.choice(list(header)))
-    other = header[str(generator.choice(list(header)))]
-    again = json.dumps({name: other})[1:-1]
+    name, other = generator.choice(list(header), 2, replace=False)
+    again = json.dumps({str(name): header[str(other)]})[1:-1]
     return joined(json.dumps(header)[:-1] + f", {again}}}", data)
 
 
