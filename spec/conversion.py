@@ -23,10 +23,11 @@ from spec.errors import StateError, UserError, python_command
 from spec.files import check_target, write_atomic
 from spec.params import Leaf
 from spec.recipe import Recipe, to_mapping
+from spec.run_directory import CONFIG, WEIGHTS
 from spec.weights import Foreign, Found
 
 RUN, SAFETENSORS, STATE_DICT = "run", ".safetensors", ".pt"
-CONVERTED = {"config.json", "weights.safetensors"}
+CONVERTED = (CONFIG, WEIGHTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +163,8 @@ def write_run(target: Path, of: Recipe, state: Mapping[str, np.ndarray], *, sour
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
             made = Path(beside) / "made"
             made.mkdir()
-            write_atomic(made / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-            write_atomic(made / "weights.safetensors", content)
+            write_atomic(made / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+            write_atomic(made / WEIGHTS, content)
             _put(made, place, aside=Path(beside) / "old")
 
 

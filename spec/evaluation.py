@@ -16,10 +16,10 @@ from spec.datasets import Dataset
 from spec.datasets.sizes import size_of
 from spec.errors import DataError
 from spec.files import check_target, write_atomic
-from spec.program import Implementation
 from spec.recipe import DataSource, Recipe
 from spec.run_reader import Run
 from spec.table import print_table
+from spec.trainer import Implementation
 
 
 class Rounding(NamedTuple):

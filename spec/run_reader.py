@@ -16,6 +16,7 @@ from spec import params, recipe, weights
 from spec.datasets.sizes import Size
 from spec.errors import RunDirectoryError, python_command
 from spec.recipe import Recipe
+from spec.run_directory import CONFIG, SUMMARY, WEIGHTS
 from spec.weights import Found
 
 CHECKSUM = "weights_sha256"
@@ -41,7 +42,7 @@ class Run:
         """
         outputs = params.num_outputs(self.recipe, size.num_classes)
         leaves = params.leaves(self.recipe.model, size.input_shape, outputs)
-        what = f"{self.path / 'weights.safetensors'}, by the recipe in its config.json,"
+        what = f"{self.path / WEIGHTS}, by the recipe in its config.json,"
         mend = "put back the two files that belong together, or train it again"
         return weights.check(self.found, leaves, self.recipe.precision, what=what, mend=mend)
 
@@ -54,15 +55,15 @@ def read(path: Path) -> Run:
     """
     path = path.expanduser()
     _refuse_what_is_no_run(path)
-    of = recipe.load(str(path / "config.json"))
-    config = _read_json(path / "config.json")
-    summary = _read_json(path / "summary.json") if os.path.exists(path / "summary.json") else None
+    of = recipe.load(str(path / CONFIG))
+    config = _read_json(path / CONFIG)
+    summary = _read_json(path / SUMMARY) if os.path.exists(path / SUMMARY) else None
     made_by = config.get("framework") if config.get("framework") in TRAINERS else None
-    file = path / "weights.safetensors"
+    file = path / WEIGHTS
     if not os.path.exists(file):
         raise RunDirectoryError(
             f"{path} has no weights.safetensors: the run is not finished; `{python_command()} -m "
-            f"{TRAINERS[made_by or 'jax']} --recipe {path} --out {path}` goes on with it"
+            f"{TRAINERS[made_by or 'jax']} --resume {path}` goes on with it"
         )
     content = weights.read_file(file)
     _verify(content, file, (summary or {}).get(CHECKSUM) or config.get(CHECKSUM))
@@ -87,10 +88,10 @@ def _refuse_what_is_no_run(path: Path) -> None:
     if not os.path.isdir(path):
         what = "is a file" if os.path.exists(path) else "does not exist"
         raise RunDirectoryError(f"{path} {what}; name a run's directory, as runs/NAME")
-    if os.path.exists(path / "config.json"):
+    if os.path.exists(path / CONFIG):
         return
     try:
-        inside = sorted(folder.name for folder in path.iterdir() if os.path.exists(folder / "config.json"))
+        inside = sorted(folder.name for folder in path.iterdir() if os.path.exists(folder / CONFIG))
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error}; name another run") from None
     if inside:

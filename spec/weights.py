@@ -68,7 +68,7 @@ def to_safetensors(state: Mapping[str, np.ndarray]) -> bytes:
     """Return the canonical state as safetensors, each array made contiguous first (a strided one is scrambled)."""
     from safetensors.numpy import save
 
-    return save({name: np.ascontiguousarray(array) for name, array in state.items()})
+    return save({name: np.asarray(array, order="C") for name, array in state.items()})
 
 
 def stored_dtype(precision: str) -> np.dtype:

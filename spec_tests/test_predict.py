@@ -122,7 +122,7 @@ def test_a_run_with_batchnorm_on_bytes_evaluates_to_its_own_figures_bit_for_bit(
 def test_other_weights_are_said_not_to_be_the_runs_own(run):
     state = dict(run_reader.read(run).found)
     state["linear2.bias"] = state["linear2.bias"] + np.float32(1) * np.arange(10, dtype=np.float32)
-    (run / "weights.safetensors").write_bytes(weights.to_safetensors(state))
+    with_weights(run, weights.to_safetensors(state))
     ended = call(jax_impl.evaluate.main, run)
     assert ended.status == 0
     assert "NOT equal to the run's own summary.json, which says loss " in ended.out
@@ -185,12 +185,18 @@ def unfit(run: Path) -> None:
         "linear2.weight": state["linear2.weight"].astype("<f8"),
     }
     state |= {"liner2.bias": np.zeros(10, np.float32), "linear1.bias": np.full(64, np.nan, np.float32)}
-    (run / "weights.safetensors").write_bytes(weights.to_safetensors(state))
+    with_weights(run, weights.to_safetensors(state))
 
 
 def with_summary(run: Path, **more: object) -> None:
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | more))
+
+
+def with_weights(run: Path, content: bytes) -> None:
+    """Give the run other weights, and their checksum."""
+    (run / "weights.safetensors").write_bytes(content)
+    with_summary(run, weights_sha256=run_reader.sha256(content))
 
 
 def nested(run: Path) -> None:
@@ -209,7 +215,7 @@ DAMAGE = {
     "no directory": (shutil.rmtree, ["does not exist; name a run's directory"]),
     "unfinished": (
         lambda run: without(run, "weights.safetensors"),
-        ["the run is not finished; `", "-m jax_impl.train --recipe ", "goes on with it"],
+        ["the run is not finished; `", "-m jax_impl.train --resume ", "goes on with it"],
     ),
     "a folder of runs": (nested, ["is no run, but holds ", "seed-0; name one"]),
     "every mismatch": (
@@ -223,7 +229,7 @@ DAMAGE = {
         ],
     ),
     "cut weights": (
-        lambda run: (run / "weights.safetensors").write_bytes((run / "weights.safetensors").read_bytes()[:-1]),
+        lambda run: with_weights(run, (run / "weights.safetensors").read_bytes()[:-1]),
         ["weights.safetensors is damaged, or no safetensors file"],
     ),
     "another checksum": (lambda run: with_summary(run, weights_sha256="0" * 64), ["should be 0000"]),
@@ -253,6 +259,7 @@ def test_a_run_that_cannot_be_used_is_refused_with_the_mend(damage, run):
 @pytest.mark.parametrize("key", ["summary.json", "config.json"])
 def test_a_checksum_is_taken_from_the_summary_or_of_converted_weights_from_the_config(key, run):
     digest = run_reader.sha256((run / "weights.safetensors").read_bytes())
+    with_summary(run, weights_sha256=None)
     content = json.loads((run / key).read_text())
     (run / key).write_text(json.dumps(content | {"weights_sha256": digest}))
     assert run_reader.read(run).recipe.name == "digits"
