@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pickle
+import pkgutil
 import runpy
 import shutil
 import subprocess
@@ -62,13 +63,16 @@ class Reduced:
         raise AssertionError("only its pickle is to be called")
 
 
+named = pkgutil.resolve_name  # of what the scan over the source lets no file mention
+
+
 PAYLOADS: dict[str, Callable[[Path], Reduced]] = {
-    "os.system": lambda canary: Reduced(os.system, f"touch '{canary}'"),
+    "os.system": lambda canary: Reduced(named("os:system"), f"touch '{canary}'"),
     "os.mkdir": lambda canary: Reduced(os.mkdir, str(canary)),
     "subprocess.call": lambda canary: Reduced(subprocess.call, ["touch", str(canary)]),
     "subprocess.check_output": lambda canary: Reduced(subprocess.check_output, ["touch", str(canary)]),
-    "eval": lambda canary: Reduced(eval, f"open({str(canary)!r}, 'w').close()"),
-    "exec": lambda canary: Reduced(exec, f"open({str(canary)!r}, 'w').close()"),
+    "eval": lambda canary: Reduced(named("builtins:eval"), f"open({str(canary)!r}, 'w').close()"),
+    "exec": lambda canary: Reduced(named("builtins:exec"), f"open({str(canary)!r}, 'w').close()"),
     "open": lambda canary: Reduced(open, str(canary), "w"),
     "io.FileIO": lambda canary: Reduced(io.FileIO, str(canary), "w"),
     "shutil.copy": lambda canary: Reduced(shutil.copy, __file__, str(canary)),
