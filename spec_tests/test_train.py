@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -249,6 +250,18 @@ def test_a_platform_that_is_not_there_is_refused(trainer_command, tmp_path):
     assert ended.status == 2
     assert f"--platform {missing} is not on this machine" in ended.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asked", ["cuda", "tpu", "no_such"])
+def test_a_platform_of_the_environment_that_is_not_there_is_refused(asked, tmp_path):
+    if jax.default_backend() != "cpu":
+        pytest.skip("there is an accelerator")
+    command = [sys.executable, "-m", "jax_impl.train", "--recipe", "digits", "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": asked})
+    assert ended.returncode == 2
+    assert re.fullmatch(
+        rf"error: JAX_PLATFORMS={asked} is not on this machine \(.+\); leave it out, or install .*\n", ended.stderr
+    )
 
 
 def test_torch_has_no_tpu(trainer_command, tmp_path):
