@@ -9,6 +9,11 @@ with `--process` whole processes.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import contextlib
 import functools
@@ -35,7 +40,7 @@ from spec import recipe as recipes
 from spec.batches import count
 from spec.bench_worker import Worker, worker
 from spec.datasets.catalog import IDX_SETS
-from spec.errors import UserError, did_you_mean, require, run_program
+from spec.errors import UserError, did_you_mean, require
 from spec.files import check_target, write_atomic
 from spec.markdown import markdown_table
 from spec.recipe import Recipe
@@ -460,7 +465,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios: .png, .svg, .pdf (extra plot)")
     parser.add_argument("--keep", action="store_true", help=f"keep the times in {RESULTS}")
     return parser
-
-
-if __name__ == "__main__":
-    run_program(main)

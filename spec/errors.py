@@ -6,9 +6,13 @@ import difflib
 import errno
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import NoReturn
+
+IMPORTING = "<frozen importlib._bootstrap>"  # the file of the functions that import
 
 
 class UserError(Exception):
@@ -37,17 +41,33 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def run_program(program: Callable[[], None]) -> NoReturn:
-    """Run `program`, and leave the process with its `exit_status`.
+def run_program(module: str) -> NoReturn:
+    """Import `module`, run its `main`, and leave the process with the `exit_status`.
 
-    A failed or interrupted one leaves at once: the threads of a device program that is still running, and output that
-    cannot be flushed, would otherwise crash the interpreter as it shuts down.
+    A module that is a program begins with this call, before it imports anything else, so that imports can be
+    interrupted too. A failed or interrupted one leaves at once: the threads of a device program that is still running,
+    and output that cannot be flushed, would otherwise crash the interpreter as it shuts down.
     """
-    status = exit_status(program)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell had it ignored
+        signal.signal(signal.SIGINT, _interrupt)
+    status = exit_status(lambda: importlib.import_module(module).main())
     if status == 0:
         sys.exit(0)
     sys.stderr.flush()
     os._exit(status)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; while a module is imported, leave at once.
+
+    An exception in the middle of an import is swallowed, or takes another's name, or crashes what is written in C.
+    """
+    while frame:
+        if frame.f_code.co_filename == IMPORTING:
+            os.write(2, b"interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def require(package: str, *, extra: str) -> None:
