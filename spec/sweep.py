@@ -104,6 +104,15 @@ def plan(flags: ManyFlags) -> tuple[list[Setting], range]:
     return settings(flags.config, flags.sweep), range(first, first + number)
 
 
+def counted(number: int, thing: str) -> str:
+    """Return the number and the thing, in the plural where there are several.
+
+    >>> counted(1, "run"), counted(1200, "run")
+    ('1 run', '1,200 runs')
+    """
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def summary_row(values: Mapping[str, Any], accuracies: Sequence[float | None]) -> dict[str, Any]:
     """Return what a setting gave: its values, each seed's accuracy (None: it diverged), their mean and standard
     deviation (None for fewer than one and two)."""
