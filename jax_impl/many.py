@@ -32,7 +32,7 @@ from spec.program import config, origin, summarize
 from spec.recipe import Data, Recipe
 from spec.recorder import DivergedError, Recorder, refuse_nonfinite
 from spec.run_directory import RunDirectory
-from spec.sweep import ManyFlags, Setting
+from spec.sweep import ManyFlags, Setting, counted
 
 SUMMARY, TABLE, CHART = "summary.json", "table.md", "chart.png"
 
@@ -126,12 +126,14 @@ def _train_all(
     for index, (_, recipe) in enumerate(runs):
         groups.setdefault(program_key(recipe), []).append(index)
     made_by = origin(IMPLEMENTATION, device)
-    display.line(f"{len(runs)} runs in {len(groups)} programs on {made_by['devices'][0]}")
+    programs = f"{counted(len(runs), 'run')} in {counted(len(groups), 'program')}"
+    display.line(f"{programs} on {made_by['devices'][0]}, written in {place}")
     folder_names, summaries = _folder_names(runs), {}
     for number, members in enumerate(groups.values(), start=1):
         recipes = [runs[index][1] for index in members]
         if len(groups) > 1:
-            display.line(f"program {number} of {len(groups)}: {folder_names[members[0]]} and {len(members) - 1} more")
+            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+            display.line(f"program {number} of {len(groups)}: {folder_names[members[0]]}{more}")
         folders = [place / folder_names[index] for index in members]
         with IMPLEMENTATION.memory_explained():
             with display.waiting("compiling ..."):
@@ -147,7 +149,7 @@ def _check(flags: ManyFlags) -> None:
     if flags.overwrite:
         raise UserError("--overwrite replaces one run, and these are many; name a new directory with --out")
     if flags.out:
-        run_directory.check_usable(flags.out, overwrite=False)
+        run_directory.check_usable(flags.out, overwrite=False, several=True)
     if flags.sweep:
         require("matplotlib", extra="plot")
 
@@ -173,6 +175,8 @@ def _train(
                     display.line(f"{folders[run].name} is out: {error}")
             if run == len(recorders) - 1 and isinstance(event, EpochDone):
                 display.line(_epoch_line(event, trainer.counts.epochs, [recorders[run].epochs[-1] for run in going]))
+            if not going:
+                break
     seconds = time.perf_counter() - start
     states = {run: trainer.state(run) for run in sorted(going)}
     for run in sorted(going):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_impl import bench
-from spec import recipe
+from jax_impl import bench, many
+from spec import recipe, sweep
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.lockstep import results as lockstep
 from spec_tests.lockstep.report import Epoch, Forced, judge
@@ -134,7 +134,8 @@ def test_every_trainer_command_of_the_readme_is_taken(command, capsys, tmp_path,
     mlp512 = recipe.load("mlp512")
     (tmp_path / "runs" / "mine" / "config.json").write_text(json.dumps({"recipe": recipe.to_mapping(mlp512)}))
     shutil.copy(recipe.RECIPES / "mlp512.toml", tmp_path / "mine.toml")
-    shown = [] if {"--list", "--help"} & set(arguments) else ["--print-config"]
+    monkeypatch.setattr(many, "run", lambda flags: print(sweep.plan(flags)))
+    shown = [] if {"--list", "--help", "--seeds", "--sweep"} & set(arguments) else ["--print-config"]
     with contextlib.suppress(SystemExit) if "--help" in arguments else contextlib.nullcontext():
         main([*arguments, *shown])
     assert capsys.readouterr().out
