@@ -204,8 +204,9 @@ def _finish(recorder: Recorder, state: Mapping, seconds: float, compile_seconds:
 
 def _epoch_line(event: EpochDone, epochs: int, figures: Sequence[Mapping]) -> str:
     accuracies = [of["train_accuracy" if of["test_accuracy"] is None else "test_accuracy"] for of in figures]
-    reached = f"accuracy {min(accuracies):.4f} to {max(accuracies):.4f}" if accuracies else "every run is out"
-    return f"epoch {event.epoch}/{epochs} done in {event.seconds:.2f} s  {len(figures)} runs, {reached}"
+    shown = list(dict.fromkeys(f"{end(accuracies):.4f}" for end in (min, max) if accuracies))
+    reached = f"accuracy {' to '.join(shown)}" if shown else "every run is out"
+    return f"epoch {event.epoch}/{epochs} done in {event.seconds:.2f} s  {counted(len(figures), 'run')}, {reached}"
 
 
 def _report(

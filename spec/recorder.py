@@ -63,4 +63,4 @@ def _refuse_divergence(event: Event, recipe: Recipe) -> None:
 
 def _mend(recipe: Recipe) -> str:
     rate = recipe.optimizer.learning_rate
-    return f"it diverged; lower --learning-rate (now {rate:g}), or scale the inputs down"
+    return f"it diverged; lower learning_rate (now {rate:g}), or scale the inputs down"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 
 import jax
@@ -267,6 +268,8 @@ def test_a_run_that_diverges_leaves_the_others_alone_and_is_shown(trainer_comman
     assert list((tmp_path / "sweep").glob("learning_rate-1e6_*/config.json"))
     assert not list((tmp_path / "sweep").glob("learning_rate-1e6_*/summary.json"))
     assert "2 runs in 1 program on " in ended.out
+    assert re.search(r"epoch 2/2 done in [0-9.]+ s  1 run, accuracy 0\.[0-9]{4}\n", ended.out)
+    assert "lower learning_rate (now 1e+06)" in ended.out
     assert f"written in {tmp_path / 'sweep'}" in ended.out
 
 

@@ -328,7 +328,7 @@ def test_an_update_that_ruins_the_net_in_the_last_step_is_refused_too(trainer_co
     deep += " --model.hidden-sizes" + " 64" * 8 + " --model.activations" + " relu" * 8
     ended = trainer_command(*deep.split(), "--out", tmp_path / "run")
     assert ended.status == 2
-    assert "the test loss is not finite after epoch 1: it diverged; lower --learning-rate (now 1e+06)" in ended.err
+    assert "the test loss is not finite after epoch 1: it diverged; lower learning_rate (now 1e+06)" in ended.err
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "weights.safetensors").exists()
 
