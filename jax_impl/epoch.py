@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
-from jax_impl.step import EvalStep, ExampleMetrics, StepMetrics, TrainState, TrainStep
+from jax_impl.step import EvalStep, ExampleMetrics, StepMetrics, TrainState, TrainStep, all_finite
 from spec.batches import Counts
 
 
@@ -36,12 +36,13 @@ class Span(NamedTuple):
     stop: np.int32
 
 
-RunSteps = Callable[[TrainState, DeviceSplit, jax.Array, Span, jax.Array], tuple[TrainState, StepMetrics]]
+RunSteps = Callable[[TrainState, DeviceSplit, jax.Array, Span, jax.Array], tuple[TrainState, StepMetrics, jax.Array]]
 Evaluate = Callable[[TrainState, DeviceSplit], ExampleMetrics]
 
 
 def make_run_steps(train_step: TrainStep, counts: Counts) -> RunSteps:
-    """Return the function (state, split, order [n] int32, span, seed uint32) -> (state, metrics [steps_per_epoch]).
+    """Return the function (state, split, order [n] int32, span, seed uint32) -> (state, metrics [steps_per_epoch],
+    whether every number of the state is finite after the last step, bool).
 
     It runs any span of an epoch's steps: the whole epoch in one call, or a part for a progress line, with the same
     values. Batch i holds examples order[i B : (i+1) B]; a short last batch is a step of its own size (S2). Metrics
@@ -51,7 +52,7 @@ def make_run_steps(train_step: TrainStep, counts: Counts) -> RunSteps:
 
     def run_steps(
         state: TrainState, split: DeviceSplit, order: Int[Array, " examples"], span: Span, seed: UInt32[Array, ""]
-    ) -> tuple[TrainState, StepMetrics]:
+    ) -> tuple[TrainState, StepMetrics, Bool[Array, ""]]:
         epoch_key = jax.random.fold_in(jax.random.key(seed), span.epoch)
         batches = order[:full].reshape(counts.full_steps, counts.batch_size)
 
@@ -76,7 +77,7 @@ def make_run_steps(train_step: TrainStep, counts: Counts) -> RunSteps:
                 lambda carry: carry,
                 carry,
             )
-        return carry
+        return *carry, all_finite(carry[0])
 
     return run_steps
 

@@ -6,6 +6,7 @@ has a leading axis of runs. Each run writes a run directory of its own, as if it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -22,19 +23,22 @@ from jax_impl.programs import check_fits
 from jax_impl.stepper import Stepper, wait
 from jax_impl.trainer import IMPLEMENTATION
 from spec import run_directory, sweep
+from spec.command_line import Flags
 from spec.datasets import Dataset
 from spec.datasets.sizes import size_of
 from spec.display import Display
 from spec.errors import UserError, require
 from spec.files import write_atomic
 from spec.history import EpochDone, Event, StepsDone
-from spec.program import config, origin, summarize
+from spec.program import config, origin
 from spec.recipe import Data, Recipe
 from spec.recorder import DivergedError, Recorder, refuse_nonfinite
-from spec.run_directory import RunDirectory
+from spec.run_directory import SUMMARY, WEIGHTS, RunDirectory
 from spec.sweep import ManyFlags, Setting, counted
 
-SUMMARY, TABLE, CHART = "summary.json", "table.md", "chart.png"
+TABLE, CHART = "table.md", "chart.png"
+# Flags of `spec.program`, which saves what it can go on with; several runs at once do not.
+OF_ONE_RUN = ("resume", "resume_with_changes", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "dump_nonfinite")
 
 
 class ManyTrainer(Stepper):
@@ -48,17 +52,14 @@ class ManyTrainer(Stepper):
         """Run every epoch of all runs, yielding what happens in each, by its index."""
         for epoch in range(1, self.recipe.epochs + 1):
             start = time.perf_counter()
-            stop = self.counts.steps_per_epoch
-            metrics = self._run(epoch, 0, stop)
-            wait(metrics)
-            every = self.recipe.metrics.progress_every
-            for run, (losses, correct) in enumerate(zip(*map(np.asarray, metrics), strict=True)):
-                for first in range(0, stop, every):
-                    steps = slice(first, min(first + every, stop))
-                    figures = {"losses": losses[steps], "num_correct": correct[steps]}
-                    yield run, StepsDone(epoch=epoch, start=steps.start, stop=steps.stop, **figures)
+            metrics, finite = self._run(epoch, 0, self.counts.steps_per_epoch)
+            wait((*metrics, finite))
+            trained = time.perf_counter() - start
+            span = {"epoch": epoch, "start": 0, "stop": self.counts.steps_per_epoch, "seconds": trained}
+            for run, (losses, correct, sound) in enumerate(zip(*map(np.asarray, (*metrics, finite)), strict=True)):
+                yield run, StepsDone(**span, losses=losses, num_correct=correct, finite=bool(sound))
             tests = self._tests()
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start - trained
             for run, (losses, correct) in enumerate(tests):
                 yield run, EpochDone(epoch=epoch, seconds=seconds, test_losses=losses, test_correct=correct)
 
@@ -73,7 +74,7 @@ class ManyTrainer(Stepper):
         if metrics is None:
             return [(None, None)] * len(self.recipes)
         losses, predictions = map(np.asarray, metrics)
-        return list(zip(losses, predictions == self._test_labels, strict=True))
+        return list(zip(losses, predictions == self.test_labels, strict=True))
 
 
 def program_key(recipe: Recipe) -> Recipe:
@@ -148,6 +149,10 @@ def _check(flags: ManyFlags) -> None:
     """Raise UserError for what cannot be done, before anything is trained."""
     if flags.overwrite:
         raise UserError("--overwrite replaces one run, and these are many; name a new directory with --out")
+    for field in dataclasses.fields(Flags):
+        if field.name in OF_ONE_RUN and getattr(flags, field.name) != field.default:
+            flag = field.name.replace("_", "-")
+            raise UserError(f"--{flag} is for one run; --seeds and --sweep make no checkpoints; leave it out")
     if flags.out:
         run_directory.check_usable(flags.out, overwrite=False, several=True)
     if flags.sweep:
@@ -158,11 +163,18 @@ def _train(
     trainer: ManyTrainer, configs: Sequence[Mapping], folders: Sequence[Path], made_by: Mapping, display: Display
 ) -> list[dict | None]:
     """Train runs that share a program, each into its folder; return their summaries, None for those that diverged."""
-    recorders = []
-    for recipe, content, folder in zip(trainer.recipes, configs, folders, strict=True):
-        directory = RunDirectory(folder, recipe.name)
-        directory.write_json("config.json", content)
-        recorders.append(Recorder(recipe, trainer.counts, directory, Display(quiet=True)))
+    with contextlib.ExitStack() as stack:
+        recorders = []
+        for recipe, content, folder in zip(trainer.recipes, configs, folders, strict=True):
+            directory = stack.enter_context(RunDirectory(folder, recipe.name))
+            directory.begin(content)
+            recorders.append(Recorder(recipe, trainer.counts, directory, Display(quiet=True)))
+        return _train_together(trainer, recorders, made_by, display)
+
+
+def _train_together(
+    trainer: ManyTrainer, recorders: Sequence[Recorder], made_by: Mapping, display: Display
+) -> list[dict | None]:
     going = set(range(len(recorders)))
     start = time.perf_counter()
     with display.waiting(f"training {len(recorders)} runs ..."):
@@ -172,7 +184,7 @@ def _train(
                     recorders[run].take(event)
                 except DivergedError as error:
                     going.discard(run)
-                    display.line(f"{folders[run].name} is out: {error}")
+                    display.line(f"{recorders[run].directory.path.name} is out: {error}")
             if run == len(recorders) - 1 and isinstance(event, EpochDone):
                 display.line(_epoch_line(event, trainer.counts.epochs, [recorders[run].epochs[-1] for run in going]))
             if not going:
@@ -184,7 +196,7 @@ def _train(
             refuse_nonfinite(states[run], trainer.recipes[run])
         except DivergedError as error:
             going.discard(run)
-            display.line(f"{folders[run].name} is out: {error}")
+            display.line(f"{recorders[run].directory.path.name} is out: {error}")
     return [
         _finish(recorder, states[run], seconds, trainer.compile_seconds, made_by) if run in going else None
         for run, recorder in enumerate(recorders)
@@ -196,9 +208,9 @@ def _finish(recorder: Recorder, state: Mapping, seconds: float, compile_seconds:
 
     The seconds are those of all the runs that were trained with it.
     """
-    summary = summarize(recorder.recipe, recorder.epochs, seconds, compile_seconds) | made_by
-    recorder.directory.write_weights(state)
-    recorder.directory.write_json("summary.json", summary)
+    summary = recorder.summary(seconds, compile_seconds) | made_by
+    summary["weights_sha256"] = recorder.directory.write_arrays(WEIGHTS, state)
+    recorder.directory.write_json(SUMMARY, summary)
     return summary
 
 
@@ -206,7 +218,8 @@ def _epoch_line(event: EpochDone, epochs: int, figures: Sequence[Mapping]) -> st
     accuracies = [of["train_accuracy" if of["test_accuracy"] is None else "test_accuracy"] for of in figures]
     shown = list(dict.fromkeys(f"{end(accuracies):.4f}" for end in (min, max) if accuracies))
     reached = f"accuracy {' to '.join(shown)}" if shown else "every run is out"
-    return f"epoch {event.epoch}/{epochs} done in {event.seconds:.2f} s  {counted(len(figures), 'run')}, {reached}"
+    seconds = figures[0]["seconds"] if figures else event.seconds
+    return f"epoch {event.epoch}/{epochs} done in {seconds:.2f} s  {counted(len(figures), 'run')}, {reached}"
 
 
 def _report(

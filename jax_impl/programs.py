@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jax_impl import models, optim
 from jax_impl.convert import from_canonical
 from jax_impl.epoch import DeviceSplit, Evaluate, RunSteps, Span, make_evaluate, make_run_steps
-from jax_impl.step import TrainState, make_eval_step, make_gradients, make_train_step
+from jax_impl.step import TrainState, make_eval_step, make_gradients, make_train_step, skip_nonfinite
 from spec import params
 from spec.batches import count
 from spec.datasets.dataset import value_table
@@ -38,12 +38,13 @@ class Programs(NamedTuple):
 
 
 def compile_programs(
-    recipe: Recipe, size: Size, device: jax.Device, *, runs: Sequence[Recipe] | None = None
+    recipe: Recipe, size: Size, device: jax.Device, *, runs: Sequence[Recipe] | None = None, skips: bool = False
 ) -> Programs:
     """Draw the initial state and compile the programs of a run over data of that size, on `device`.
 
     Given `runs`, recipes that differ from `recipe` in seed and the optimiser's numbers alone, the programs train them
-    all: state, order, seed and metrics have a leading axis of runs. Raises RecipeError when recipe and size do not fit.
+    all: state, order, seed and metrics have a leading axis of runs. With `skips` they leave out the steps that make a
+    number infinite or nan. Raises RecipeError when recipe and size do not fit.
     """
     start = time.perf_counter()
     counts = count(recipe, size.num_train)
@@ -57,6 +58,7 @@ def compile_programs(
         state = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *states), device) if runs else states[0]
         over_runs, axis = _over_runs(recipe, runs), (len(runs),) if runs else ()
         train_step = make_train_step(make_gradients(graphdef, recipe.loss, dtype), optimizer)
+        train_step = skip_nonfinite(train_step) if skips else train_step
         run_steps = jax.jit(over_runs(make_run_steps(train_step, counts), (0, None, 0, None, 0)), donate_argnums=0)
         order, span = _shape((*axis, size.num_train), np.int32, device), Span(*(_shape((), np.int32, device),) * 3)
         train_split = _split_shape(recipe, size, size.num_train, device)

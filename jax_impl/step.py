@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_impl.models import NO_HOOKS, Hooks, apply
 from jax_impl.objective import example_losses, predictions
@@ -79,6 +79,34 @@ def make_train_step(gradients: Gradients, optimizer: optax.GradientTransformatio
         return TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state), metrics
 
     return train_step
+
+
+def skip_nonfinite(train_step: TrainStep) -> TrainStep:
+    """Return the step that leaves the state as it was where the given one's would hold a number that is not finite, or
+    its loss is none; the loss is nan then."""
+
+    def careful_step(state: TrainState, *batch: object) -> tuple[TrainState, StepMetrics]:
+        moved, metrics = train_step(state, *batch)
+        sound = all_finite((moved, metrics.loss))
+
+        def chosen(new: object, old: object) -> object:
+            # A schedule goes by the steps, left out or not; all else by the updates.
+            return new if _is_schedule(new) else jnp.where(sound, new, old)
+
+        kept = jax.tree.map(chosen, moved, state, is_leaf=_is_schedule)
+        return kept, metrics._replace(loss=jnp.where(sound, metrics.loss, jnp.nan))
+
+    return careful_step
+
+
+def _is_schedule(node: object) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def all_finite(tree: object) -> Bool[Array, ""]:
+    """Return whether every number in `tree` is finite."""
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers]).all()
 
 
 def make_eval_step(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> EvalStep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from spec.datasets import Dataset, Split, preprocess
 from spec.datasets.dataset import value_table
 from spec.datasets.sizes import size_of
 from spec.recipe import Preprocessing, Recipe
+from spec.trainer import Cancelled
 
 POLL_SECONDS = 0.0005
 
@@ -44,7 +45,7 @@ class Stepper:
         self.counts = count(recipe, size.num_train)
         self.leaves = params.leaves(recipe.model, size.input_shape, params.num_outputs(recipe, size.num_classes))
         self.train_split, self.test_split = put(dataset, recipe.preprocessing, device)
-        self._test_labels = dataset.test.labels if dataset.test else None
+        self.test_labels = dataset.test.labels if dataset.test else None
         self._seeds = np.array([run.seed for run in runs] if runs else recipe.seed, np.uint32)
         self._position = (1, 0)
         self._orders: dict[int, jax.Array] = {}
@@ -61,21 +62,23 @@ class Stepper:
         while steps > 0:
             epoch, start = self._position
             stop = min(start + steps, self.counts.steps_per_epoch)
-            metrics = self._run(epoch, start, stop)
+            metrics, _ = self._run(epoch, start, stop)
             self._position = (epoch, stop) if stop < self.counts.steps_per_epoch else (epoch + 1, 0)
             steps -= stop - start
         return jax.block_until_ready(metrics)
 
-    def _run(self, epoch: int, start: int, stop: int) -> StepMetrics:
-        """Move the state by the steps [start, stop) of `epoch`; return their metrics, which may still be on their way.
+    def _run(self, epoch: int, start: int, stop: int) -> tuple[StepMetrics, jax.Array]:
+        """Move the state by the steps [start, stop) of `epoch`; return their metrics, and whether the state is finite
+        after them. Both may still be on their way.
 
         The next epoch's order is drawn while the device is at work.
         """
         self._draw(epoch)
         span = Span(*map(np.int32, (epoch, start, stop)))
-        self._state, metrics = self._run_steps(self._state, self.train_split, self._orders[epoch], span, self._seeds)
+        arguments = (self.train_split, self._orders[epoch], span, self._seeds)
+        self._state, metrics, finite = self._run_steps(self._state, *arguments)
         self._draw(epoch + 1)
-        return metrics
+        return metrics, finite
 
     def _draw(self, epoch: int) -> None:
         """Put the order of the epoch's examples, int32 [n] or [runs, n], on the device, unless it is there."""
@@ -85,12 +88,15 @@ class Stepper:
             order = np.stack(orders).astype(np.int32).reshape(*self._seeds.shape, -1)
             self._orders[epoch] = jax.device_put(order, self.device)
 
-    def _tested(self) -> ExampleMetrics | None:
-        """Return what the test split's examples come to as the state is now; None without a split."""
+    def _tested(self, cancelled: Callable[[], bool] = lambda: False) -> ExampleMetrics | None:
+        """Return what the test split's examples come to as the state is now; None without a split.
+
+        Raises Cancelled once `cancelled` says so.
+        """
         if self.test_split is None:
             return None
         metrics = self._evaluate(self._state, self.test_split)
-        wait(metrics)
+        wait(metrics, cancelled)
         return metrics
 
 
@@ -106,7 +112,12 @@ def put(dataset: Dataset, preprocessing: Preprocessing, device: jax.Device) -> t
     return split(ready.train), split(ready.test) if ready.test else None
 
 
-def wait(metrics: StepMetrics | ExampleMetrics) -> None:
-    """Wait for the device in Python: an interrupt is not heard inside JAX's own waiting."""
-    while not all(leaf.is_ready() for leaf in metrics):
+def wait(arrays: Sequence[jax.Array], cancelled: Callable[[], bool] = lambda: False) -> None:
+    """Wait for the device in Python: an interrupt is not heard inside JAX's own waiting.
+
+    Raises Cancelled once `cancelled` says so.
+    """
+    while not all(leaf.is_ready() for leaf in arrays):
+        if cancelled():
+            raise Cancelled
         time.sleep(POLL_SECONDS)

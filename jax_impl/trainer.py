@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 
 import jax
 import numpy as np
 
+import spec.trainer
+from jax_impl import checkpoint
 from jax_impl.background import in_background
 from jax_impl.compile_cache import keep_compiled_programs
 from jax_impl.convert import from_canonical, to_canonical
 from jax_impl.parallel import select_device
 from jax_impl.programs import compile_programs, precision_scope, stored_dtype
-from jax_impl.step import StepMetrics
+from jax_impl.step import TrainState
 from jax_impl.stepper import Stepper, wait
 from spec import datasets
 from spec.datasets import Dataset
-from spec.datasets.sizes import known_size, size_of
+from spec.datasets.sizes import Size, known_size, size_of
 from spec.errors import UserError
-from spec.history import EpochDone, Event, StepsDone
-from spec.program import Implementation
+from spec.history import StepsDone
 from spec.recipe import Recipe
+from spec.trainer import Implementation, Tested
 
 
-class Trainer(Stepper):
+class Trainer(Stepper, spec.trainer.Trainer):
     """One run of `recipe` over `dataset`, compiled and ready on `device`."""
 
-    def events(self, *, steps_per_call: int | None = None) -> Iterator[Event]:
-        """Run every epoch, yielding what happens; `steps_per_call` steps (default: an epoch's) are one device program.
+    def launch(self, epoch: int, start: int, stop: int) -> Callable[[], StepsDone]:
+        """Put the steps [start, stop) of `epoch` on the device's queue; the returned function waits for them."""
+        metrics, finite = self._run(epoch, start, stop)
 
-        The next program is on its way before the last one's figures are read, so that the device never waits.
-        """
-        for epoch in range(1, self.recipe.epochs + 1):
-            start = time.perf_counter()
-            yield from self._run_epoch(epoch, steps_per_call or self.counts.steps_per_epoch)
-            test_losses, predictions = self.evaluate()
-            correct = None if predictions is None else predictions == self._test_labels
-            seconds = time.perf_counter() - start
-            yield EpochDone(epoch=epoch, seconds=seconds, test_losses=test_losses, test_correct=correct)
+        def done() -> StepsDone:
+            wait((*metrics, finite))
+            losses, num_correct = (np.asarray(leaf)[start:stop] for leaf in metrics)
+            return StepsDone(
+                epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct, finite=bool(finite)
+            )
 
-    def evaluate(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        return done
+
+    def evaluate(self, cancelled: Callable[[], bool] = lambda: False) -> Tested:
         """Return loss [n] and predicted class [n] of each test example as the state is now; None without a split."""
-        metrics = self._tested()
+        metrics = self._tested(cancelled)
         return (np.asarray(metrics.loss), np.asarray(metrics.prediction)) if metrics else (None, None)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -57,26 +59,32 @@ class Trainer(Stepper):
             trained, batch_stats = from_canonical(state, self.leaves, dtype=dtype, device=self.device)
         self._state = self._state._replace(params=trained, batch_stats=batch_stats)
 
-    def _run_epoch(self, epoch: int, steps_per_call: int) -> Iterator[StepsDone]:
-        waiting: tuple[int, int, int, StepMetrics] | None = None
-        for start in range(0, self.counts.steps_per_epoch, steps_per_call):
-            stop = min(start + steps_per_call, self.counts.steps_per_epoch)
-            metrics = self._run(epoch, start, stop)
-            if waiting:
-                yield _steps_done(*waiting)
-            waiting = epoch, start, stop, metrics
-        yield _steps_done(*waiting)
+    def snapshot(self) -> TrainState:
+        """Return the state, its leaves NumPy arrays of their own."""
+        return jax.tree.map(np.array, self._state)
+
+    def restore(self, snapshot: TrainState) -> None:
+        """Take over a state; it is copied, for the device's arrays are given to the steps to change."""
+        with precision_scope(self.recipe.precision):
+            self._state = jax.device_put(jax.tree.map(np.array, snapshot), self.device)
 
 
-def prepare(recipe: Recipe, device: jax.Device) -> Callable[[Dataset], Trainer]:
-    """Return what makes a trainer of a data set. Where its size is known, compilation starts now, in the background."""
+def prepare(recipe: Recipe, device: jax.Device, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
+    """Return what makes a trainer of a data set. Where its size is known, compilation starts now, in the background.
+
+    With `skips`, steps that make a number infinite or nan are left out.
+    """
+
+    def compiling(size: Size) -> Future:
+        return in_background(lambda: compile_programs(recipe, size, device, skips=skips))
+
     size = known_size(recipe.data)
-    compiling = [in_background(compile_programs, recipe, size, device)] if size else []
+    known = [compiling(size)] if size else []
 
     def trainer(dataset: Dataset) -> Trainer:
         # The programs' state is donated by the first trainer: a second one gets its own.
-        programs = compiling.pop().result() if compiling and size_of(dataset) == size else None
-        return Trainer(recipe, dataset, device, programs=programs)
+        programs = known.pop() if known and size_of(dataset) == size else compiling(size_of(dataset))
+        return Trainer(recipe, dataset, device, programs=programs.result())
 
     return trainer
 
@@ -95,12 +103,6 @@ def memory_explained() -> Iterator[None]:
         ) from None
 
 
-def _steps_done(epoch: int, start: int, stop: int, metrics: StepMetrics) -> StepsDone:
-    wait(metrics)
-    losses, num_correct = (np.asarray(leaf)[start:stop] for leaf in metrics)
-    return StepsDone(epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct)
-
-
 def _start(platform: str | None) -> jax.Device:
     keep_compiled_programs()
     return select_device(platform)
@@ -114,4 +116,6 @@ IMPLEMENTATION = Implementation(
     load=datasets.load,
     prepare=prepare,
     memory_explained=memory_explained,
+    write_state=checkpoint.write,
+    read_state=lambda trainer, folder: checkpoint.read(folder, like=trainer.snapshot()),
 )

@@ -16,6 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from spec import recipe as recipes
 from spec.recipe import DataSource, Recipe
+from spec.run_directory import CONFIG, run_of
 
 DEFAULT_RECIPE = "mlp128"
 WIDE = 200  # columns of the table: a narrow terminal wraps whole rows, and names stay whole
@@ -35,6 +36,18 @@ class Flags:
     """the run directory; runs/RECIPE-DATE-TIME unless given"""
     overwrite: bool = False
     """replace the run that --out holds"""
+    resume: str = "auto"
+    """auto: go on with the unfinished run that --out holds; never; or a run directory, or one of its checkpoints"""
+    resume_with_changes: bool = False
+    """go on with a run though the recipe was changed"""
+    checkpoint_every: str = "auto"
+    """steps (500), time (30s, 5m, 1h), epoch, never; auto: at epochs' ends, for a fiftieth of the time, and 5m"""
+    keep_checkpoints: int = 3
+    """so many last checkpoints stay, and the best"""
+    on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
+    """what becomes of a step that makes a number nan or infinite"""
+    dump_nonfinite: bool = False
+    """write the batch of the step that a run stopped at, and the state before it, to nonfinite.safetensors"""
     data_dir: Path | None = None
     """a directory that holds the idx files"""
     data_source: DataSource = "idx"
@@ -55,8 +68,10 @@ def parse(arguments: Sequence[str], *, program: str, description: str, kind: typ
     Raises RecipeError when the changed recipe breaks a rule.
     """
     scanner = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
-    scanner.add_argument("--recipe", default=DEFAULT_RECIPE)
-    name = scanner.parse_known_args(arguments)[0].recipe
+    scanner.add_argument("--recipe")
+    scanner.add_argument("--resume", default="auto")
+    given = scanner.parse_known_args(arguments)[0]
+    name = given.recipe or _recipe_of(given.resume)
     default = kind(recipe=name, config=recipes.load(name))
     flags = tyro.cli(
         kind,
@@ -72,6 +87,13 @@ def parse(arguments: Sequence[str], *, program: str, description: str, kind: typ
         checked = replace(checked, expected=None)  # it was measured for the recipe unchanged
     paths = {name: path.expanduser() for name in ("out", "data_dir") if (path := getattr(flags, name))}
     return replace(flags, config=checked, **paths)
+
+
+def _recipe_of(resume: str) -> str:
+    """Return the recipe that `--resume` asks for, unless `--recipe` does: that of the run it names."""
+    if resume in ("auto", "never"):
+        return DEFAULT_RECIPE
+    return str((run_of(Path(resume).expanduser()) / CONFIG).absolute())
 
 
 def print_recipe(recipe: Recipe) -> None:

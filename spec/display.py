@@ -52,31 +52,32 @@ class Display:
 
     def progress(self, figures: Mapping[str, float]) -> None:
         """Show the lesson's progress line, in the bar or as a line."""
-        loss, accuracy = figures["batch_loss"], figures["cumulative_train_accuracy"]
+        loss, accuracy = _shown(figures["batch_loss"]), _shown(figures["cumulative_train_accuracy"])
         if self.bar:
             self.bar.update(
                 self.task,
                 completed=figures["step"],
                 description=f"epoch {figures['epoch']}/{self.epochs}",
-                figures=f"loss {loss:.4f}  cumulative accuracy {accuracy:.4f}",
+                figures=f"loss {loss}  cumulative accuracy {accuracy}",
             )
             return
         seen, total = figures["examples_seen"], figures["examples"]
         self.line(
             f"epoch {figures['epoch']}  {seen:,} of {total:,} ({seen / total:.0%})  "
-            f"loss {loss:.4f}  cumulative accuracy {accuracy:.4f}"
+            f"loss {loss}  cumulative accuracy {accuracy}"
         )
 
     def epoch(self, figures: Mapping) -> None:
         """Print the figures of an epoch that ended."""
         tested = (
             ""
-            if figures["test_loss"] is None
-            else (f"  test loss {figures['test_loss']:.4f} accuracy {figures['test_accuracy']:.4f}")
+            if figures["test_accuracy"] is None
+            else f"  test loss {_shown(figures['test_loss'])} accuracy {figures['test_accuracy']:.4f}"
         )
+        skipped = f"  {figures['skipped_steps']:,} steps skipped" if figures["skipped_steps"] else ""
         self.line(
             f"epoch {figures['epoch']}/{self.epochs} done in {figures['seconds']:.2f} s  "
-            f"train loss {figures['train_loss']:.4f} accuracy {figures['train_accuracy']:.4f}{tested}"
+            f"train loss {_shown(figures['train_loss'])} accuracy {_shown(figures['train_accuracy'])}{tested}{skipped}"
         )
 
     def result(self, text: str) -> None:
@@ -86,8 +87,13 @@ class Display:
     def last_line(self, summary: Mapping, path: Path) -> None:
         """Print the outcome, quiet or not: test accuracy (without a test split, the training one), time, place."""
         split = "train" if summary["test_accuracy"] is None else "test"
-        accuracy = summary[f"{split}_accuracy"]
+        accuracy = _shown(summary[f"{split}_accuracy"])
         self.result(
-            f"{summary['recipe']}: {split} accuracy {accuracy:.4f} after {summary['steps']:,} steps, "
+            f"{summary['recipe']}: {split} accuracy {accuracy} after {summary['steps']:,} steps, "
             f"{summary['seconds']:.1f} s and {summary['compile_seconds']:.1f} s compiling; {path}"
         )
+
+
+def _shown(figure: float | None) -> str:
+    """Return a figure of four decimals; `none` for that of no step, all having been left out."""
+    return "none" if figure is None else f"{figure:.4f}"

@@ -6,13 +6,11 @@ import difflib
 import errno
 import importlib.util
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
-from types import FrameType
 from typing import NoReturn
 
-IMPORTING = "<frozen importlib._bootstrap>"  # the file of the functions that import
+from spec.signals import Stopped, raise_on_signals
 
 
 class UserError(Exception):
@@ -48,26 +46,12 @@ def run_program(module: str) -> NoReturn:
     interrupted too. A failed or interrupted one leaves at once: the threads of a device program that is still running,
     and output that cannot be flushed, would otherwise crash the interpreter as it shuts down.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell had it ignored
-        signal.signal(signal.SIGINT, _interrupt)
+    raise_on_signals()
     status = exit_status(lambda: importlib.import_module(module).main())
     if status == 0:
         sys.exit(0)
     sys.stderr.flush()
     os._exit(status)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; while a module is imported, leave at once.
-
-    An exception in the middle of an import is swallowed, or takes another's name, or crashes what is written in C.
-    """
-    while frame:
-        if frame.f_code.co_filename == IMPORTING:
-            os.write(2, b"interrupted\n")
-            os._exit(130)
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 def require(package: str, *, extra: str) -> None:
@@ -86,7 +70,8 @@ def python_command() -> str:
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`; return 0, 2 after a mistake of the user's, 130 after an interrupt, 141 after a broken pipe."""
+    """Run `program`; return 0, 2 after a mistake of the user's, 130 or 143 after SIGINT or SIGTERM, 141 after a broken
+    pipe."""
     try:
         program()
         print(end="", flush=True)
@@ -99,6 +84,9 @@ def exit_status(program: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(str(stopped) or "terminated", file=sys.stderr)
+        return 128 + stopped.number
     except BrokenPipeError:
         return 141
     except OSError as error:

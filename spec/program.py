@@ -4,112 +4,63 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from spec import params, run_directory
-from spec.batches import Counts
+from spec import params, resume
 from spec.command_line import Flags
-from spec.datasets import Dataset
 from spec.display import Display
-from spec.history import Event
-from spec.params import Leaf
+from spec.errors import UserError
 from spec.recipe import Recipe, to_mapping
-from spec.recorder import Recorder, refuse_nonfinite
-from spec.run_directory import RunDirectory
+from spec.run_directory import SUMMARY, RunDirectory
+from spec.saving import parse_interval
+from spec.session import Session
+from spec.trainer import Implementation
 
 
-class Trainer(Protocol):
-    """One run of a recipe, ready to go: what the program needs of an implementation."""
+def run(flags: Flags, implementation: Implementation) -> Mapping:
+    """Train as the flags say, write the run directory and print its last line; return the summary.
 
-    recipe: Recipe
-    counts: Counts
-    leaves: tuple[Leaf, ...]
-    compile_seconds: float
-
-    def events(self, *, steps_per_call: int | None = None) -> Iterator[Event]:
-        """Run every epoch, yielding what happens."""
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return the present parameters and running statistics, canonical names and layouts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Implementation:
-    """A framework's parts of the program; `packages` are those whose versions a run depends on.
-
-    `prepare` starts what needs no data, and returns what makes a trainer of the data.
+    Raises Stopped, when a signal came, after saving what there is.
     """
-
-    framework: str
-    packages: tuple[str, ...]
-    select_device: Callable[[str | None], Any]
-    describe_device: Callable[[Any], str]
-    load: Callable[..., Dataset]
-    prepare: Callable[[Recipe, Any], Callable[[Dataset], Trainer]]
-    memory_explained: Callable[[], AbstractContextManager]
-
-
-def run(flags: Flags, implementation: Implementation) -> dict:
-    """Train as the flags say, write the run directory and print its last line; return the summary."""
     recipe = flags.config
-    if flags.out:
-        run_directory.check_usable(flags.out, overwrite=flags.overwrite)
+    check(flags)
+    display = Display(quiet=flags.quiet)
+    start = resume.plan(flags, implementation.framework)
+    for line in start.lines:
+        display.line(line)
+    if start.summary:
+        display.last_line(start.summary, start.out)
+        return start.summary
     device = implementation.select_device(flags.platform)
-    trainer_of = implementation.prepare(recipe, device)
+    trainer_of = implementation.prepare(recipe, device, skips=flags.on_nonfinite == "skip")
     dataset = implementation.load(recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
     made_by = origin(implementation, device)
-    display = Display(quiet=flags.quiet)
     display.line(f"{recipe.name}: {recipe.description}")
     with implementation.memory_explained():
         with display.waiting("compiling ..."):
             trainer = trainer_of(dataset)
         parameters = f"{params.num_parameters(trainer.leaves):,} parameters"
         display.line(f"{parameters}, {trainer.counts.steps:,} steps on {made_by['devices'][0]}")
-        with RunDirectory(flags.out, recipe.name, overwrite=flags.overwrite) as directory:
-            directory.write_json("config.json", config(recipe, flags, made_by))
-            summary = _train(trainer, directory, display) | made_by
-            directory.write_json("summary.json", summary)
+        out, overwrite = start.out, flags.overwrite and not start.resume
+        with RunDirectory(out, recipe.name, overwrite=overwrite, resume=start.resume) as directory:
+            if directory.stale:
+                display.line(f"{directory.path} was left by {directory.stale}, which is no more: taken over")
+            about = config(recipe, flags, made_by)
+            session = Session(trainer, dataset, directory, display, flags, implementation, about)
+            session.begin(start)
+            summary = session.train() | made_by
+            directory.write_json(SUMMARY, summary)
     display.last_line(summary, directory.path)
     return summary
 
 
-def _train(trainer: Trainer, directory: RunDirectory, display: Display) -> dict:
-    """Train, writing metrics and weights; return the summary."""
-    recipe = trainer.recipe
-    recorder = Recorder(recipe, trainer.counts, directory, display)
-    start = time.perf_counter()
-    with display.running(trainer.counts):
-        for event in trainer.events(steps_per_call=recipe.metrics.progress_every):
-            recorder.take(event)
-    seconds = time.perf_counter() - start
-    state = trainer.state()
-    refuse_nonfinite(state, recipe)
-    directory.write_weights(state)
-    return summarize(recipe, recorder.epochs, seconds, trainer.compile_seconds)
-
-
-def summarize(recipe: Recipe, epochs: list[Mapping], seconds: float, compile_seconds: float) -> dict:
-    """Return the summary of a finished run: counts, times, and the last epoch's figures."""
-    last = epochs[-1]
-    return {
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-        "precision": recipe.precision,
-        "epochs": len(epochs),
-        "steps": last["step"],
-        "examples_seen": last["examples_seen"],
-        "seconds": seconds,
-        "compile_seconds": compile_seconds,
-        **{name: last[name] for name in ("train_loss", "train_accuracy", "cumulative_train_accuracy")},
-        **{name: last[name] for name in ("test_loss", "test_accuracy", "lesson_metrics")},
-    }
+def check(flags: Flags) -> None:
+    """Raise UserError for flags that cannot be followed."""
+    parse_interval(flags.checkpoint_every)
+    if flags.keep_checkpoints < 1:
+        raise UserError(f"--keep-checkpoints {flags.keep_checkpoints} keeps none; use 1 at least")
 
 
 def config(recipe: Recipe, flags: Flags, made_by: Mapping) -> dict:
@@ -127,6 +78,7 @@ def origin(implementation: Implementation, device: Any) -> dict:
 
 def _given(flags: Flags) -> dict:
     """Return the flags that are not recipe fields, paths as text."""
-    names = ("recipe", "data_dir", "data_source", "platform", "quiet")
+    names = ("recipe", "resume", "checkpoint_every", "keep_checkpoints", "on_nonfinite")
+    names += ("data_dir", "data_source", "platform", "quiet")
     values = {name: getattr(flags, name) for name in names}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

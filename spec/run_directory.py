@@ -1,21 +1,28 @@
-"""A run directory: `config.json`, `metrics.jsonl`, `summary.json`, `weights.safetensors`; the same of both sides."""
+"""A run directory: `config.json`, `metrics.jsonl`, `summary.json`, `weights.safetensors`, `checkpoints/`; the same of
+both sides."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
+from spec import checkpoints
 from spec.errors import RunDirectoryError
 from spec.files import write_atomic
+from spec.lock import HOLDER, LOCK, RunLock
 
-FILES = ("config.json", "metrics.jsonl", "summary.json", "weights.safetensors")
+CONFIG, METRICS, SUMMARY, WEIGHTS = "config.json", checkpoints.METRICS, "summary.json", "weights.safetensors"
+BATCH = "nonfinite.safetensors"
+OUTCOME = (SUMMARY, WEIGHTS)  # of a finished run alone
+CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, checkpoints.FOLDER)
 
 
 def check_usable(path: Path, *, overwrite: bool, several: bool = False) -> None:
@@ -25,11 +32,11 @@ def check_usable(path: Path, *, overwrite: bool, several: bool = False) -> None:
     """
     if os.path.exists(path) and not os.path.isdir(path):
         raise RunDirectoryError(f"--out {path} is a file; name a directory that does not exist yet")
-    there = sorted(item.name for item in _listing(path))
+    there = contents(path)
     if there and not overwrite:
         replace = "" if several else ", or add --overwrite to replace the run"
         raise RunDirectoryError(f"--out {path} is not empty; name another directory{replace}")
-    if strangers := [name for name in there if name not in FILES]:
+    if strangers := [name for name in there if name not in CONTENT]:
         raise RunDirectoryError(
             f"--overwrite replaces a run, and {path} holds more: {', '.join(strangers[:3])}; name another directory"
         )
@@ -40,57 +47,114 @@ def check_usable(path: Path, *, overwrite: bool, several: bool = False) -> None:
         raise RunDirectoryError(f"--out {path} cannot be written: no permission in {parent}; name another directory")
 
 
+def run_of(path: Path) -> Path:
+    """Return the run directory that `path` is, or is a checkpoint of. Raises RunDirectoryError for anything else."""
+    for run in (path, path.parent.parent):
+        if os.path.isfile(run / CONFIG):
+            return run
+    raise RunDirectoryError(
+        f"--resume {path} is neither a run directory nor one of its checkpoints; name one, or use auto or never"
+    )
+
+
+def contents(path: Path) -> list[str]:
+    """Return the names of what is in a directory, sorted, the lock's left out; none if there is no directory.
+
+    Raises RunDirectoryError when it cannot be read.
+    """
+    return sorted(item.name for item in _listing(path) if item.name not in (LOCK, HOLDER))
+
+
 class RunDirectory:
     """Writes one run, as a context manager. Every write raises RunDirectoryError, naming the path, if the disk refuses.
 
-    Without a path it claims `runs/<recipe>-<date>-<time>`, counted up until it is new. To overwrite, it writes beside
-    the old run, which is there until the new one is whole: a body that raises leaves the old run as it was.
+    Without a path it claims `runs/<recipe>-<date>-<time>`, counted up until it is new. To `resume`, it goes on with the
+    run that is there. To overwrite, it writes beside the old run, which is there until the new one is whole or has
+    `settle`d: a body that raises leaves the old run as it was. One process at a time writes a directory; `stale` tells
+    of one that ended without leaving it.
     """
 
-    def __init__(self, path: Path | None, recipe_name: str, *, overwrite: bool = False) -> None:
-        if path:
+    def __init__(self, path: Path | None, recipe_name: str, *, overwrite: bool = False, resume: bool = False) -> None:
+        if path and not resume:
             check_usable(path, overwrite=overwrite)
         self.path = path or claim(recipe_name)
-        self._replaces = bool(_listing(self.path))
+        replaces = overwrite and bool(contents(self.path))
         place = self.path.absolute()
-        self._folder = place.with_name(f".{place.name}.new") if self._replaces else place
-        with self._explained():
-            if self._replaces:
-                shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder = place.with_name(f".{place.name}.new") if replaces else place
+        with self.explained():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.path)
+            self.stale = self._lock.stale
+            if replaces:
+                shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
+            self.folder.mkdir(exist_ok=True)
 
     def __enter__(self) -> RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.settle()
+        if self._replaces:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # removed meanwhile, say
+            self._lock.release()
+
+    @property
+    def _replaces(self) -> bool:
+        return self.folder != self.path.absolute()
+
+    def settle(self) -> None:
+        """Put the new run in the place of the one that it replaces, if it does."""
         if not self._replaces:
             return
-        if kind is None:
-            with self._explained():
-                for name in FILES:
-                    (self._folder / name).replace(self.path / name)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with self.explained():
+            for name in CONTENT:
+                old, new = self.path / name, self.folder / name
+                if new.exists() or old.exists():
+                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+                if new.exists():
+                    new.replace(old)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder = self.path.absolute()
+
+    def begin(self, config: Mapping, metrics: bytes = b"") -> None:
+        """Write what a run starts with, in the place of whatever an earlier part of it left."""
+        with self.explained():
+            for name in OUTCOME:
+                (self.folder / name).unlink(missing_ok=True)
+        self.write_json(CONFIG, config)  # first, for it tells a run from any other directory
+        with self.explained():
+            write_atomic(self.folder / METRICS, metrics)
+
+    def metrics(self) -> bytes:
+        """Return `metrics.jsonl` as it is now."""
+        with self.explained():
+            return (self.folder / METRICS).read_bytes()
 
     def write_json(self, name: str, content: Mapping) -> None:
         """Write `content` as a JSON file, whole or not at all; a number that is not finite is refused."""
-        with self._explained():
-            write_atomic(self._folder / name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        with self.explained():
+            write_atomic(self.folder / name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
     def append_metrics(self, event: str, content: Mapping) -> None:
         """Append one line to `metrics.jsonl`, and flush it."""
-        with self._explained(), (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.explained(), (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **content}, allow_nan=False) + "\n")
 
-    def write_weights(self, state: Mapping[str, np.ndarray]) -> None:
-        """Write the canonical state as safetensors, each array made contiguous first (a strided one is scrambled)."""
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Write `arrays` as a safetensors file, each made contiguous first (a strided one is scrambled); return the
+        file's sha256."""
         from safetensors.numpy import save
 
-        with self._explained():
-            content = save({name: np.ascontiguousarray(array) for name, array in state.items()})
-            write_atomic(self._folder / "weights.safetensors", content)
+        content = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+        with self.explained():
+            write_atomic(self.folder / name, content)
+        return hashlib.sha256(content).hexdigest()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explained(self) -> Iterator[None]:
+        """Turn what the disk refuses in the body into a RunDirectoryError."""
         try:
             yield
         except OSError as error:

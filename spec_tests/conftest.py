@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -13,18 +14,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # here and in what the tests start: no run depends on an earlier
 
 import jax_impl.train
+import jax_impl.trainer
 import torch_ref.train
+from jax_impl.programs import Programs, compile_programs
+from jax_impl.trainer import Trainer
 from spec import datasets
 from spec.datasets import Dataset, Split, cache, catalog
 from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
+from spec.datasets.sizes import Size, size_of
 from spec.errors import exit_status
-from spec.recipe import Data
+from spec.recipe import Data, Recipe
 
 SHARED_MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
@@ -82,6 +88,28 @@ def trainer_command() -> Callable[..., Ended]:
         return Ended(status, out.getvalue(), err.getvalue())
 
     return command
+
+
+@functools.cache
+def _programs(recipe: Recipe, size: Size, device: jax.Device, skips: bool) -> Programs:
+    made = compile_programs(recipe, size, device, skips=skips)
+    return made._replace(state=jax.tree.map(np.array, made.state))
+
+
+@pytest.fixture
+def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every JAX run of a recipe the same compiled programs, where it is not the compiler that is tested."""
+
+    def prepare(recipe: Recipe, device: jax.Device, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
+        def trainer(dataset: Dataset) -> Trainer:
+            made = _programs(recipe, size_of(dataset), device, skips)
+            state = jax.device_put(jax.tree.map(np.array, made.state), device)
+            return Trainer(recipe, dataset, device, programs=made._replace(state=state))
+
+        return trainer
+
+    changed = dataclasses.replace(jax_impl.trainer.IMPLEMENTATION, prepare=prepare)
+    monkeypatch.setattr(jax_impl.trainer, "IMPLEMENTATION", changed)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A program that is interrupted while it imports says so, and nothing else."""
+"""A program that is told to stop while it imports says so, and nothing else."""
 
 from __future__ import annotations
 
@@ -50,13 +50,16 @@ def test_a_program_imports_nothing_before_it_can_be_interrupted(program):
         ("torch_ref.train", "torch._jit_internal"),
     ],
 )
-def test_an_interrupt_during_an_import_leaves_with_130_and_one_word(program, imported, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_during_an_import_ends_the_program_with_one_word(program, imported, number, status, word, tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", program, "--recipe", "digits"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
         seen = any(re.search(rf"\| +{re.escape(imported)}$", line) for line in process.stderr)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
     assert seen
-    assert (process.returncode, said) == (130, ["interrupted"])
+    assert (process.returncode, said) == (status, [word])

@@ -27,6 +27,7 @@ from spec.batches import Counts, count, epoch_order
 from spec.datasets import Dataset, Split
 from spec.errors import RecipeError
 from spec.history import EpochDone, StepsDone
+from spec.pace import Pace
 from spec.recipe import Optimizer, Recipe, Schedule
 from spec_tests.adapters import Network, OracleAdapter
 from spec_tests.assertions import assert_identical, assert_within
@@ -128,7 +129,7 @@ def jaxs_batches(counts: Counts, seed: int, epoch: int, steps_per_call: int) -> 
         for start in range(0, counts.steps_per_epoch, steps_per_call):
             stop = min(start + steps_per_call, counts.steps_per_epoch)
             span = Span(np.int32(epoch), np.int32(start), np.int32(stop))
-            state, metrics = run_steps(state, split, order, span, np.uint32(seed))
+            state, metrics, _ = run_steps(state, split, order, span, np.uint32(seed))
             codes[start:stop] = metrics.loss[start:stop]
         assert state.params == counts.steps_per_epoch
         return codes.tolist()
@@ -284,7 +285,7 @@ def normalized(of: Recipe, dataset: Dataset, split: Split) -> Split:
 def trained(side: str, name: str) -> tuple[Run, list[StepsDone | EpochDone]]:
     """Return that side's run, two steps in a call, and its events."""
     trainer = TRAINERS[side](RUNS[name][0], DATASETS[RUNS[name][1]])
-    start, events = trainer.state(), list(trainer.events(steps_per_call=2))
+    start, events = trainer.state(), list(trainer.events(pace=Pace(steps=2)))
     done = [event for event in events if isinstance(event, StepsDone)]
     steps = [(loss, correct) for event in done for loss, correct in zip(event.losses, event.num_correct, strict=True)]
     tests = [(event.test_losses, event.test_correct) for event in events if isinstance(event, EpochDone)]

@@ -45,7 +45,7 @@ def steps(start: int, losses: list[float], correct: list[int], *, epoch: int = 1
 
 def test_an_epochs_figures_weigh_the_short_batch_by_its_size():
     history = History(counts=COUNTS, metrics=METRICS)
-    first = history.progress(steps(0, [1.0, 2.0], [4, 2]))
+    [first] = history.progress(steps(0, [1.0, 2.0], [4, 2]))
     assert first["examples_seen"] == 8
     assert first["examples"] == 20
     assert first["cumulative_train_accuracy"] == 6 / 8
@@ -67,7 +67,7 @@ def test_cumulative_accuracy_runs_over_all_epochs():
     history = History(counts=COUNTS, metrics=METRICS)
     history.progress(steps(0, [1, 1, 1], [0, 0, 0]))
     history.epoch(EpochDone(epoch=1, seconds=0.0, test_losses=None, test_correct=None))
-    second = history.progress(steps(0, [1, 1, 1], [4, 4, 2], epoch=2))
+    *_, second = history.progress(steps(0, [1, 1, 1], [4, 4, 2], epoch=2))
     assert second["cumulative_train_accuracy"] == 0.5
     assert second["step"] == 6
     figures = history.epoch(EpochDone(epoch=2, seconds=0.0, test_losses=None, test_correct=None))
@@ -148,9 +148,9 @@ def test_a_runs_figures_are_sums_over_its_examples_divided_by_their_number(side,
     loaded, dataset = RUNS[name][0], DATASETS[RUNS[name][1]]
     counts, expected = count(loaded, len(dataset.train.labels)), oracles_run(name)
     history = History(counts=counts, metrics=dataclasses.replace(METRICS, running_loss_every=2))
-    epochs = [
-        history.epoch(event) for event in trained(side, name)[1] if not (steps_of(event) and history.progress(event))
-    ]
+    epochs = []
+    for event in trained(side, name)[1]:
+        history.progress(event) if isinstance(event, StepsDone) else epochs.append(history.epoch(event))
     sizes, steps = counts.batch_sizes(), np.array(expected.steps)
     seen = correct = 0
     for index, (figures, (test_losses, test_correct)) in enumerate(zip(epochs, expected.tests, strict=True)):
@@ -168,10 +168,6 @@ def test_a_runs_figures_are_sums_over_its_examples_divided_by_their_number(side,
         }
         found |= {name: value for name, value in figures["lesson_metrics"].items() if name in wanted}
         assert_within(found, wanted, bound=bound_of(name), item=f"{side}, {name}", relative_to_layer=True)
-
-
-def steps_of(event: object) -> bool:
-    return isinstance(event, StepsDone)
 
 
 def test_several_logits_decide_by_the_largest_and_one_by_its_sign():

@@ -13,6 +13,7 @@ import torch
 from jax_impl.trainer import Trainer
 from spec import datasets, params, recipe
 from spec.batches import epoch_order
+from spec.pace import Pace
 from spec.recipe import Loss, Recipe, Schedule
 from spec_tests.assertions import assert_within
 from spec_tests.conftest import made_up_images
@@ -71,11 +72,11 @@ def loop(small: Recipe, rates: list[float]) -> tuple[list[float], dict[str, np.n
     ],
     ids=["mean", "sum", "step", "cosine"],
 )
-@pytest.mark.parametrize("steps_per_call", [None, 2])
-def test_every_loss_and_the_weights_are_those_of_the_plain_loop(changes, rates, steps_per_call):
+@pytest.mark.parametrize("steps", [None, 2])
+def test_every_loss_and_the_weights_are_those_of_the_plain_loop(changes, rates, steps):
     small = small_mlp(**changes)
     trainer = Trainer(small, DATASET, CPU)
-    events = [event for event in trainer.events(steps_per_call=steps_per_call) if hasattr(event, "losses")]
+    events = [event for event in trainer.events(pace=Pace(steps=steps)) if hasattr(event, "losses")]
     losses, weights = loop(small, rates)
     found = {"losses": np.concatenate([event.losses for event in events])}
     assert_within(found, {"losses": np.array(losses)}, bound=FREE_RUN_FLOAT64, item="losses")

@@ -69,7 +69,10 @@ def channels_first(inputs: torch.Tensor) -> torch.Tensor:
     return inputs.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
-def batches(examples: TensorDataset, counts: Counts, order: np.ndarray) -> DataLoader:
-    """Return the DataLoader of an epoch: batch i holds the examples order[i B : (i+1) B], the last one may be short."""
+def batches(
+    examples: TensorDataset, counts: Counts, order: np.ndarray, *, start: int = 0, stop: int | None = None
+) -> DataLoader:
+    """Return the DataLoader of the steps [start, stop) of an epoch, all unless given: batch i holds the examples
+    order[i B : (i+1) B], the last one may be short."""
     index = torch.from_numpy(order)[: counts.examples_per_epoch].split(counts.batch_size)
-    return DataLoader(examples, sampler=index, batch_size=None)
+    return DataLoader(examples, sampler=index[start:stop], batch_size=None)

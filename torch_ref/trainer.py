@@ -2,64 +2,70 @@
 
 from __future__ import annotations
 
-import time
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 
+import spec.trainer
 from spec import params
 from spec.batches import count, epoch_order
 from spec.datasets import Dataset
 from spec.errors import UserError
-from spec.history import EpochDone, Event, StepsDone
-from spec.program import Implementation
+from spec.history import StepsDone
 from spec.recipe import Recipe
-from torch_ref import convert, data, models, optim
+from spec.trainer import Cancelled, Implementation, Tested
+from torch_ref import checkpoint, convert, data, models, optim
+from torch_ref.checkpoint import Snapshot
 from torch_ref.step import eval_step, train_step
 
+OPTIMIZER = "optimizer."  # goes before the names of its state in a snapshot
 
-class Trainer:
+
+class Trainer(spec.trainer.Trainer):
     """One run of `recipe` over `dataset` (raw, as `torch_ref.data.load` gives it), ready on `device`.
 
-    Raises RecipeError or DataError when the recipe and the data do not fit.
+    With `skips`, a step that makes a number infinite or nan is left out. Raises RecipeError or DataError when the
+    recipe and the data do not fit.
     """
 
     compile_seconds = 0.0
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, *, skips: bool = False) -> None:
         outputs = params.num_outputs(recipe, dataset.num_classes)
         self.recipe = recipe
         self.device = device
+        self.skips = skips
         self.counts = count(recipe, len(dataset.train.labels))
         self.leaves = params.leaves(recipe.model, dataset.input_shape, outputs)
         dtype = torch.float64 if recipe.precision == "float64" else torch.float32
         self.train_split, *rest = data.preprocess(dataset, recipe.preprocessing, dtype=dtype)
         self.test_split = rest[0] if rest else None
+        self.test_labels = self.test_split.tensors[1].numpy() if self.test_split else None
         self.network = models.network(recipe.model, dataset.input_shape, outputs).to(device, dtype)
         convert.load_state(self.network, params.initial_state(self.leaves, recipe.init, recipe.seed))
         self.optimizer = optim.optimizer(recipe, self.network.parameters())
         self.scheduler = optim.scheduler(recipe, self.optimizer)
+        self.steps = self.updates = 0
 
-    def events(self, *, steps_per_call: int | None = None) -> Iterator[Event]:
-        """Run every epoch, yielding what happens, after every `steps_per_call` steps (default: an epoch's)."""
-        for epoch in range(1, self.recipe.epochs + 1):
-            start = time.perf_counter()
-            yield from self._run_epoch(epoch, steps_per_call or self.counts.steps_per_epoch)
-            self.scheduler.step()
-            losses, predictions = self.evaluate()
-            correct = None if predictions is None else predictions == self.test_split.tensors[1].numpy()
-            seconds = time.perf_counter() - start
-            yield EpochDone(epoch=epoch, seconds=seconds, test_losses=losses, test_correct=correct)
+    def launch(self, epoch: int, start: int, stop: int) -> Callable[[], StepsDone]:
+        """Return what trains the steps [start, stop) of `epoch`."""
+        return lambda: self._train(epoch, start, stop)
 
-    def evaluate(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    def evaluate(self, cancelled: Callable[[], bool] = lambda: False) -> Tested:
         """Return loss [n] and predicted class [n] of each test example as the network is now; None without a split."""
         if self.test_split is None:
             return None, None
         inputs, labels = (tensor.to(self.device).split(self.recipe.batch_size) for tensor in self.test_split.tensors)
+        parts = []
         with self._autocast():
-            parts = [eval_step(self.network, *batch, self.recipe.loss) for batch in zip(inputs, labels, strict=True)]
+            for batch in zip(inputs, labels, strict=True):
+                if cancelled():
+                    raise Cancelled
+                parts.append(eval_step(self.network, *batch, self.recipe.loss))
         losses, predictions = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
         return losses, predictions
 
@@ -67,25 +73,60 @@ class Trainer:
         """Return the present parameters and running statistics, canonical names and layouts (`spec.params`)."""
         return convert.state(self.network)
 
-    def _run_epoch(self, epoch: int, steps_per_report: int) -> Iterator[StepsDone]:
+    def snapshot(self) -> Snapshot:
+        """Return the state and the optimiser's, canonical, and the `steps` done; the schedule goes by those."""
+        opt_state = convert.optimizer_state(self.optimizer, self.network, self.updates)
+        arrays = {f"{OPTIMIZER}{name}": array for name, array in opt_state.items()}
+        return self.state() | arrays | {"steps": np.array(self.steps)}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot, bit for bit."""
+        opt_state = {name.removeprefix(OPTIMIZER): of for name, of in snapshot.items() if name.startswith(OPTIMIZER)}
+        convert.load_state(self.network, {leaf.name: snapshot[leaf.name] for leaf in self.leaves})
+        self.optimizer = optim.optimizer(self.recipe, self.network.parameters())
+        convert.load_optimizer(self.optimizer, self.network, opt_state)
+        self.steps, self.updates = int(snapshot["steps"]), int(opt_state["step"])
+        self.scheduler = optim.scheduler(self.recipe, self.optimizer)
+        for _ in range(self.steps // self.counts.steps_per_epoch):
+            self._end_epoch()
+
+    def _train(self, epoch: int, start: int, stop: int) -> StepsDone:
         order = epoch_order(self.recipe.seed, epoch, self.counts.num_examples)
-        start, metrics = 0, []
-        for step, (images, labels) in enumerate(data.batches(self.train_split, self.counts, order)):
+        metrics = []
+        for step, batch in enumerate(data.batches(self.train_split, self.counts, order, start=start, stop=stop), start):
             seed_dropout(self.recipe, epoch, step)
-            with self._autocast():
-                metrics.append(
-                    train_step(
-                        self.network,
-                        self.optimizer,
-                        images.to(self.device),
-                        labels.to(self.device),
-                        self.recipe.loss,
-                    )
-                )
-            if len(metrics) == steps_per_report or step + 1 == self.counts.steps_per_epoch:
-                losses, num_correct = (np.array(column) for column in zip(*metrics, strict=True))
-                yield StepsDone(epoch=epoch, start=start, stop=step + 1, losses=losses, num_correct=num_correct)
-                start, metrics = step + 1, []
+            metrics.append(self._step(*(tensor.to(self.device) for tensor in batch)))
+            self.steps += 1
+            if step + 1 == self.counts.steps_per_epoch:
+                self._end_epoch()
+        losses, num_correct = (np.array(column) for column in zip(*metrics, strict=True))
+        return StepsDone(
+            epoch=epoch,
+            start=start,
+            stop=stop,
+            losses=losses,
+            num_correct=num_correct,
+            finite=self._is_finite(),
+        )
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+        """Train one step, or leave it out."""
+        before = self.snapshot() if self.skips else None
+        with self._autocast():
+            loss, num_correct = train_step(self.network, self.optimizer, images, labels, self.recipe.loss)
+        self.updates += 1
+        if before and not (np.isfinite(loss) and self._is_finite()):
+            self.restore(before)
+            return math.nan, num_correct
+        return loss, num_correct
+
+    def _end_epoch(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this optimiser has not made a step yet
+            self.scheduler.step()
+
+    def _is_finite(self) -> bool:
+        return all(np.isfinite(array).all() for array in self.snapshot().values())
 
     def _autocast(self) -> AbstractContextManager:
         """Return the scope of bfloat16 products over float32 parameters, if the recipe asks for it."""
@@ -94,9 +135,9 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def prepare(recipe: Recipe, device: torch.device) -> Callable[[Dataset], Trainer]:
+def prepare(recipe: Recipe, device: torch.device, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
     """Return what makes a trainer of a data set; torch has nothing to do before."""
-    return lambda dataset: Trainer(recipe, dataset, device)
+    return lambda dataset: Trainer(recipe, dataset, device, skips=skips)
 
 
 def seed_dropout(recipe: Recipe, epoch: int, step: int) -> None:
@@ -139,4 +180,6 @@ IMPLEMENTATION = Implementation(
     load=data.load,
     prepare=prepare,
     memory_explained=memory_explained,
+    write_state=checkpoint.write,
+    read_state=lambda trainer, folder: checkpoint.read(folder, like=trainer.snapshot()),
 )

@@ -1,0 +1,116 @@
+"""R5: when the disk refuses, the last good checkpoint is intact, and one line says which path."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import jax_impl.trainer
+import torch_ref.trainer
+from spec import checkpoints, files
+from spec.run_directory import RunDirectory
+from spec_tests.conftest import FRAMEWORKS
+
+MODULES = {"jax": jax_impl.trainer, "torch": torch_ref.trainer}
+FLAGS = ["--recipe", "digits", "--epochs", "4", "--checkpoint-every", "epoch", "--quiet"]
+pytestmark = pytest.mark.usefixtures("compiled_once")
+ERRORS = {"disk full": errno.ENOSPC, "read-only": errno.EROFS, "permission": errno.EACCES, "input/output": errno.EIO}
+
+
+def fails_the_third_time(function: Callable, number: int) -> Callable:
+    """Return `function`, which the third call finds refused with the error of that number."""
+    calls = []
+
+    def refused(*arguments: object, **named: object) -> object:
+        calls.append(arguments)
+        if len(calls) >= 3:
+            raise OSError(number, os.strerror(number), str(arguments[-1]))
+        return function(*arguments, **named)
+
+    return refused
+
+
+def state_writer(monkeypatch, framework: str, number: int) -> None:
+    implementation = MODULES[framework].IMPLEMENTATION
+    write = fails_the_third_time(implementation.write_state, number)
+    monkeypatch.setattr(MODULES[framework], "IMPLEMENTATION", dataclasses.replace(implementation, write_state=write))
+
+
+def manifest_writer(monkeypatch, framework: str, number: int) -> None:
+    monkeypatch.setattr(checkpoints, "write_atomic", fails_the_third_time(files.write_atomic, number))
+
+
+def syncing(monkeypatch, framework: str, number: int) -> None:
+    monkeypatch.setattr(checkpoints, "_sync", fails_the_third_time(lambda path: None, number))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("refuse", [state_writer, manifest_writer])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_save_that_the_disk_refuses_ends_the_run_and_leaves_the_last_good_checkpoint(
+    framework, refuse, error, trainer_command, tmp_path, monkeypatch, counted
+):
+    refuse(monkeypatch, framework, ERRORS[error])
+    run = tmp_path / "run"
+    ended = trainer_command(*FLAGS, "--out", run, framework=framework)
+    assert_short_refusal(ended, run, os.strerror(ERRORS[error]))
+    found, mistakes = checkpoints.newest_good(run / "checkpoints")
+    assert (found.step, mistakes) == (90, [])
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+    monkeypatch.undo()
+    again = trainer_command(*FLAGS[:-1], "--out", run, framework=framework)
+    assert again.status == 0, again.err
+    assert "going on from" in again.out
+    counted("R5 refusals of the disk", 1)
+
+
+@pytest.mark.parametrize("gone", ["", "checkpoints"], ids=["the run", "its checkpoints"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_directory_that_is_removed_while_it_is_written(
+    gone, framework, trainer_command, tmp_path, monkeypatch, counted
+):
+    run = tmp_path / "run"
+    append = RunDirectory.append_metrics
+
+    def removed_after_two(self: RunDirectory, event: str, content: dict) -> None:
+        append(self, event, content)
+        if event == "epoch" and content["epoch"] == 2:
+            shutil.rmtree(run / gone)
+
+    monkeypatch.setattr(RunDirectory, "append_metrics", removed_after_two)
+    ended = trainer_command(*FLAGS, "--out", run, framework=framework)
+    if gone:  # a folder of checkpoints is made again
+        assert ended.status == 0, ended.err
+        assert checkpoints.newest_good(run / "checkpoints")[0].step == 180
+    else:
+        assert_short_refusal(ended, run, os.strerror(errno.ENOENT))
+    counted("R5 refusals of the disk", 1)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_metrics_for_which_there_is_no_room(framework, trainer_command, tmp_path, monkeypatch, counted):
+    run = tmp_path / "run"
+    begin = RunDirectory.begin
+
+    def onto_a_full_device(self: RunDirectory, *arguments: object) -> None:
+        begin(self, *arguments)
+        (run / "metrics.jsonl").unlink()
+        (run / "metrics.jsonl").symlink_to("/dev/full")
+
+    monkeypatch.setattr(RunDirectory, "begin", onto_a_full_device)
+    ended = trainer_command(*FLAGS, "--out", run, framework=framework)
+    assert_short_refusal(ended, run, os.strerror(errno.ENOSPC))
+    counted("R5 refusals of the disk", 1)
+
+
+def assert_short_refusal(ended: tuple, run: Path, reason: str) -> None:
+    assert ended.status == 2, ended.err
+    assert f"error: the run directory {run} cannot be written: " in ended.err
+    assert reason in ended.err
+    assert ended.err.count("\n") == 1
