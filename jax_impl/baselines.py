@@ -7,6 +7,11 @@ backend, `fit` on arrays in memory, with the extra keras.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import dataclasses
 import itertools
@@ -26,7 +31,7 @@ from spec import bench_worker, datasets, params
 from spec import recipe as recipes
 from spec.batches import count, epoch_order
 from spec.bench_worker import without_dropout
-from spec.errors import require, run_program
+from spec.errors import require
 from spec.recipe import Model, Recipe
 
 
@@ -268,7 +273,3 @@ def main() -> None:
         os.environ["KERAS_BACKEND"] = "jax"
     options = {"seeds": arguments.seeds} if arguments.name == "many" else {}
     bench_worker.serve(lambda: PROGRAMS[arguments.name](recipe, select_device(arguments.platform), **options))
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -9,6 +9,11 @@ with `--process` whole processes.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import contextlib
 import functools
@@ -33,13 +38,13 @@ from jax_impl.parallel import PLATFORMS
 from spec import datasets, flops, params
 from spec import recipe as recipes
 from spec.batches import count
-from spec.bench_worker import Worker, worker
+from spec.bench_worker import Worker, usable_cores, worker
 from spec.datasets.catalog import IDX_SETS
-from spec.errors import UserError, did_you_mean, require, run_program
+from spec.errors import UserError, did_you_mean, require
 from spec.files import check_target, write_atomic
 from spec.markdown import markdown_table
 from spec.recipe import Recipe
-from spec.sweep import MOST_RUNS, NUM_SEEDS
+from spec.sweep import MOST_RUNS, NUM_SEEDS, counted
 
 BASELINES = {
     "lesson": "the lesson's torch program: torchvision, DataLoader",
@@ -49,6 +54,7 @@ BASELINES = {
     "stock": "the loop of Flax's documentation",
     "keras": "Keras 3 on the JAX backend, fit",
 }
+PROCESSES = {"cold": "nothing compiled before", "warm": "our programs kept"}
 ON_JAX = ("ours", "many", "stock", "keras")
 WHAT = {"ours": "the epoch program of jax_impl"} | BASELINES | {"alone": "as many runs, one after the other"}
 # JAX takes three quarters of a GPU's memory when it starts; here several programs share it.
@@ -61,25 +67,29 @@ CHECKED_STEPS = {"mlp": 20, "cnn": 4}
 PROFILED = 10
 LOSS_TOLERANCE = 1e-3
 PACKAGES = ("jax", "flax", "torch", "keras")
-WIDTH = 150  # of the table where no terminal says how wide it is
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+CHARTS = (".png", ".svg", ".pdf")
+WIDTH = 100  # of the tables where no terminal says how wide it is
+console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. What was measured is shown before it is written, and so it is after an interrupt."""
     flags = _parser().parse_args()
     recipe = recipes.load(flags.recipe)
     _check(flags, recipe)
     compared = compare_processes if flags.process else compare_seeds if flags.seeds else compare
     with worker("the device", _module("jax_impl.machine", flags.platform), ENVIRONMENT) as machine:
-        report = compared(recipe, flags, machine) | origin(machine.ask("device"))
-    if flags.json:
-        _write(flags.json, report)
-    if flags.keep:
-        _write(RESULTS, dict(sorted((load_results() | {key(report): report}).items())))
+        made_by = origin(machine.ask("device"))
+        report = compared(recipe, flags, machine) | made_by
     show(report)
+    if flags.json:
+        _write("--json", flags.json, report)
+    if flags.keep:
+        _write("--keep", RESULTS, dict(sorted((load_results() | {key(report): report}).items())))
     if flags.chart:
         chart(report, flags.chart)
+    if len(report["seconds"]["ours"]) < flags.pairs:
+        raise KeyboardInterrupt
 
 
 def compare(recipe: Recipe, flags: argparse.Namespace, machine: Worker) -> dict:
@@ -95,8 +105,8 @@ def compare(recipe: Recipe, flags: argparse.Namespace, machine: Worker) -> dict:
                 workers[name] = _start(stack, name, flags.recipe, platform)
             except UserError as error:
                 if flags.against:
-                    raise
-                console.print(f"left out: {error}")
+                    raise UserError(f"--against {name}: {error}") from None
+                console.print(f"{name} is left out: {error}")
         times = {name: program.seconds for name, program in workers.items()}
         losses = {name: program.first_losses for name, program in workers.items()}
         return {"recipe": recipe.name} | _timed(recipe, workers, times, [losses], flags, machine)
@@ -132,16 +142,21 @@ def _timed(
 ) -> dict:
     """Return what the turns of the workers give, and with `--profile` what a turn of ours was spent on."""
     size = extent(recipe, flags.steps)
+    checked = min(CHECKED_STEPS[recipe.model.name], size["steps_per_epoch"])
     for each in losses:
-        check_equal_work(min(CHECKED_STEPS[recipe.model.name], size["steps_per_epoch"]), each)
+        check_equal_work(recipe, {name: first_losses(checked) for name, first_losses in each.items()})
+    which = ", of the first run and of the last" if len(losses) > 1 else ""
+    console.print(f"checked: the losses of the first {counted(checked, 'step')} are the same in all programs{which}")
     seconds, rates = take_turns(times, size["steps"], flags.pairs, machine)
+    whole = len(seconds["ours"]) == flags.pairs  # an interrupt has ended the workers
     return {
         **size,
+        "precision": recipe.precision,
         "matmul_flops_per_second": rates,
         "seconds": seconds,
         "ready_seconds": {name: program.ready_seconds for name, program in workers.items()},
         "peak_bytes": {name: program.peak_bytes for name, program in workers.items()},
-        **({"profile": workers["ours"].ask("profile", size["steps"])} if flags.profile else {}),
+        **({"profile": workers["ours"].ask("profile", size["steps"])} if flags.profile and whole else {}),
     }
 
 
@@ -151,17 +166,17 @@ def compare_processes(recipe: Recipe, flags: argparse.Namespace, machine: Worker
     Ours finds its compiled programs on disk (warm), or an empty place for them each time (cold).
     """
     platform = machine.ask("device")["platform"]
-    seconds: dict[str, list[float]] = {"ours": [], "lesson": []}
     with tempfile.TemporaryDirectory() as kept:
         if flags.process == "warm":
             _whole_process("jax_impl.train", flags.recipe, platform, kept)
-        for turn in range(flags.pairs):
-            seconds["lesson"].append(_whole_process("torch_ref.lesson", flags.recipe, platform, None))
+
+        def measure(turn: int) -> dict[str, float]:
+            lesson = _whole_process("torch_ref.lesson", flags.recipe, platform, None)
             with tempfile.TemporaryDirectory() as fresh:
                 place = kept if flags.process == "warm" else fresh
-                seconds["ours"].append(_whole_process("jax_impl.train", flags.recipe, platform, place))
-            taken = {name: each[-1] for name, each in seconds.items()}
-            console.print(f"turn {turn + 1} of {flags.pairs}: {_said(taken)}")
+                return {"ours": _whole_process("jax_impl.train", flags.recipe, platform, place), "lesson": lesson}
+
+        seconds = _turns(flags.pairs, measure)
     return {"recipe": recipe.name, "process": flags.process, "seconds": seconds}
 
 
@@ -189,16 +204,20 @@ def _start(stack: contextlib.ExitStack, name: str, recipe: str, platform: str, *
     return stack.enter_context(worker(name, command(name, recipe, platform, seeds=seeds), ENVIRONMENT))
 
 
-def check_equal_work(steps: int, programs: Mapping[str, Callable[[int], list[float]]]) -> None:
-    """Raise UserError unless every program gives our losses in the first `steps` steps."""
-    losses = {name: first_losses(steps) for name, first_losses in programs.items()}
+def check_equal_work(recipe: Recipe, losses: Mapping[str, Sequence[float]]) -> None:
+    """Raise UserError unless the first losses of every program are ours, and finite."""
+    for step, loss in enumerate(losses["ours"]):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{recipe.name} diverges: its loss at step {step} is {loss}; lower its learning_rate (now "
+                f"{recipe.optimizer.learning_rate:g}), or scale the inputs down; nothing was timed"
+            )
     for name, theirs in losses.items():
         for step, (one, two) in enumerate(zip(losses["ours"], theirs, strict=True)):
             if not math.isclose(one, two, rel_tol=LOSS_TOLERANCE):
                 raise UserError(
                     f"{name} does other work: its loss at step {step} is {two:.6f}, ours {one:.6f}; nothing was timed"
                 )
-    console.print(f"the first {steps} losses of all {len(programs)} programs are the same")
 
 
 def take_turns(
@@ -208,20 +227,33 @@ def take_turns(
 
     A first turn is not counted.
     """
-    names = list(programs)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    peaks = []
-    for turn in range(turns + 1):
+    names, rates = list(programs), []
+
+    def measure(turn: int) -> dict[str, float]:
         first = turn % len(names)  # each is the first in turn, for what came before may leave the machine warm
         measured = {name: programs[name](steps) for name in (*names[first:], *names[:first])}
-        console.print(
-            f"{f'turn {turn} of {turns}' if turn else 'warming up'}: {_said({name: measured[name] for name in names})}"
-        )
-        if turn:
-            for name, seconds in measured.items():
-                taken[name].append(seconds)
-            peaks.append(machine.ask("matmul_rate"))
-    return taken, peaks
+        rates.append(machine.ask("matmul_rate"))
+        return {name: measured[name] for name in names}
+
+    warming = measure(0)
+    left = figures(turns * sum(warming.values()))
+    console.print(f"warming up: {_said(warming)}; {counted(turns, 'turn')} in about {left} s")
+    return _turns(turns, measure), rates[1:]
+
+
+def _turns(turns: int, measure: Callable[[int], dict[str, float]]) -> dict[str, list[float]]:
+    """Return the seconds that `measure` gives of each turn, from 1 on, by program; after an interrupt, of those that
+    were done, if any was."""
+    done: list[dict[str, float]] = []
+    try:
+        for turn in range(1, turns + 1):
+            done.append(measure(turn))
+            console.print(f"turn {turn} of {turns}: {_said(done[-1])}")
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        console.print(f"interrupted: what follows is of {counted(len(done), 'turn')}, not {turns}")
+    return {name: [measured[name] for measured in done] for name in done[0]}
 
 
 def ratios(report: Mapping, name: str) -> list[float]:
@@ -235,21 +267,70 @@ def efficiency(report: Mapping) -> float:
 
 
 def show(report: Mapping) -> None:
-    """Print the report: medians, and in brackets the smallest and the largest."""
-    table = Table("program", "what", "seconds", "over ours", "ms an epoch", "us a step", "ready in, s", "memory, MB")
-    for name, seconds in report["seconds"].items():
-        over = "1" if name == "ours" else f"[bold]{_range(ratios(report, name), 2)}[/]"
-        ready = f"{report['ready_seconds'][name]:.1f}" if "ready_seconds" in report else "-"
-        memory = f"{report['peak_bytes'][name] / 1e6:,.0f}" if "peak_bytes" in report else "-"
-        table.add_row(name, WHAT[name], _range(seconds, 3), over, *_absolute(report, name), ready, memory)
-    console.print(table)
+    """Print the report: medians, and of the ratios the smallest and the largest."""
+    console.print(_table(report))
+    for name in report["seconds"]:
+        console.print(f"{name}: {WHAT[name]}")
+    console.print("seconds are medians; over ours is a program's time over ours, turn by turn: above 1 it is slower")
+    if "seeds" in report:
+        console.print(f"all times are of {counted(report['seeds'], 'run')} together")
     console.print(f"on {report['machine']}")
     if "flops" in report:
-        rate = max(report["matmul_flops_per_second"]) / 1e9
-        console.print(f"{report['flops'] / 1e9:,.1f} GFLOP a turn, float32 matmul at {rate:,.0f} GFLOP/s at best")
-        console.print(f"efficiency, floor over time: {efficiency(report):.0%}")
+        _show_efficiency(report)
     if "profile" in report:
         _show_profile(report["profile"], report["steps"])
+
+
+def _table(report: Mapping) -> Table:
+    """Return the table of the report, with the columns that it has something for."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title=_title(report), title_justify="left")
+    rows = {name: _row(report, name) for name in report["seconds"]}
+    for heading in rows["ours"]:
+        table.add_column(heading, justify="left" if heading == "program" else "right", no_wrap=True)
+    for row in rows.values():
+        table.add_row(*row.values())
+    return table
+
+
+def _row(report: Mapping, name: str) -> dict[str, str]:
+    """Return the cells of a program, by their headings."""
+    row = {"program": name, "seconds": figures(statistics.median(report["seconds"][name]))}
+    row["over ours"] = "1" if name == "ours" else _range(ratios(report, name), 2)
+    if "steps" in report:
+        row["ms/epoch"], row["us/step"] = _absolute(report, name)
+        row["ready, s"] = f"{report['ready_seconds'][name]:.1f}"
+        row["MB"] = f"{report['peak_bytes'][name] / 1e6:,.0f}"
+    return row
+
+
+def _title(report: Mapping) -> str:
+    """Return what was timed: the recipe, how many runs of it, the turns."""
+    timed = [report["recipe"]]
+    if "process" in report:
+        timed.append(f"whole processes, {report['process']} ({PROCESSES[report['process']]})")
+    if "seeds" in report:
+        timed.append(counted(report["seeds"], "run"))
+    turns = counted(len(report["seconds"]["ours"]), "turn")
+    timed.append(f"{turns} of {counted(report['steps'], 'step')}" if "steps" in report else turns)
+    return ", ".join(timed)
+
+
+def _show_efficiency(report: Mapping) -> None:
+    rate = max(report["matmul_flops_per_second"]) / 1e9
+    console.print(f"{figures(report['flops'] / 1e9)} GFLOP a turn, float32 matmul at {figures(rate)} GFLOP/s at best")
+    narrow = f"; the products are {report['precision']}, the floor is float32's"
+    console.print(
+        f"efficiency, floor over time: {efficiency(report):.0%}{narrow if report['precision'] != 'float32' else ''}"
+    )
+
+
+def figures(value: float) -> str:
+    """Return a positive number with three figures or more, and no exponent.
+
+    >>> figures(0.00712), figures(3.14159), figures(1234.5)
+    ('0.00712', '3.14', '1,234')
+    """
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def _absolute(report: Mapping, name: str) -> tuple[str, str]:
@@ -287,15 +368,15 @@ def chart(report: Mapping, path: Path) -> None:
     axes.barh([WHAT[name] for name in names], medians, xerr=[below, above], color="#4878a8", capsize=3)
     axes.axvline(1, color="black", linewidth=1)
     for index, (median, more) in enumerate(zip(medians, above, strict=True)):
-        axes.annotate(f"{median:.1f}", (median + more, index), xytext=(6, 0), textcoords="offset points", va="center")
-    axes.margins(x=0.1)
-    axes.set_xlabel("their time over ours: median and range")
-    turns = len(next(iter(drawn.values())))
-    axes.set_title(f"{report['recipe']}, {turns} turns, {report['machine']}, {report['date']}", fontsize=10)
+        axes.annotate(f"{median:.2f}", (median + more, index), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.margins(x=0.15)
+    axes.set_xlabel("their time over ours, median and range: above 1 is slower")
+    figure.suptitle(f"{_title(report)}; {report['machine']}, {report['date']}", fontsize=10)
     try:
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--chart {path} cannot be written: {error}") from None
+    except OSError as error:
+        raise UserError(f"--chart {path} cannot be written: {error}; name another place") from None
+    console.print(f"wrote {path}")
 
 
 def load_results(root: Path = Path()) -> dict[str, dict]:
@@ -341,7 +422,7 @@ def origin(device: Mapping[str, str]) -> dict:
     """Return where and when: date, platform, machine, versions."""
     there = [name for name in PACKAGES if importlib.util.find_spec(name)]
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in there}
-    machine = f"{os.cpu_count()} CPU cores"
+    machine = counted(usable_cores(), "CPU core")
     machine = machine if device["platform"] == "cpu" else f"{device['kind']}, {machine}"
     return {"date": time.strftime("%Y-%m-%d"), "platform": device["platform"], "machine": machine, "versions": versions}
 
@@ -374,26 +455,42 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)} must be 1 or more")
     for name in flags.against or ():
-        if name not in BASELINES:
-            raise UserError(
-                f"--against {name}: there is no such program{did_you_mean(name, BASELINES)}; {', '.join(BASELINES)}"
-            )
-        for package, extra in _needs(name):
-            require(package, extra=extra)
+        _check_baseline(name, recipe)
     if flags.process:
         given = [name for name in ("steps", "against", "seeds", "profile") if getattr(flags, name)]
         if given:
             raise UserError(f"--process times the whole of ours and of the lesson's; leave out --{given[0]}")
-        require("torch", extra="torch")
+        _check_baseline("lesson", recipe)
     if (flags.seeds or 0) > MOST_RUNS or recipe.seed + (flags.seeds or 0) > NUM_SEEDS:
         raise UserError(f"--seeds {flags.seeds} must be {MOST_RUNS:,} or less, and the last seed under {NUM_SEEDS:,}")
     if flags.seeds and flags.against:
         raise UserError("--seeds times our runs together and one after the other; leave out --against")
-    if (flags.process or "lesson" in (flags.against or ())) and not _is_a_lesson(recipe):
+    _check_files(flags)
+
+
+def _check_baseline(name: str, recipe: Recipe) -> None:
+    """Raise UserError unless there is such a program here, and it trains the recipe."""
+    if name not in BASELINES:
+        known = ", ".join(BASELINES)
+        raise UserError(f"--against {name}: there is no such program{did_you_mean(name, BASELINES)}; there are {known}")
+    for package, extra in _needs(name):
+        require(package, extra=extra)
+    if name == "channels_last" and recipe.model.name != "cnn":
+        raise UserError(
+            f"--against channels_last is a layout of images, for convolutions, and {recipe.name} has none; try "
+            "--recipe cnn, or leave it out"
+        )
+    if name == "lesson" and not _is_a_lesson(recipe):
         raise UserError(
             f"{recipe.name} reads {recipe.data.name} and minimises {recipe.loss.name}, {recipe.loss.reduction}; the "
             "lesson's program reads fashion_mnist and mnist and minimises the mean cross_entropy; try mlp128"
         )
+
+
+def _check_files(flags: argparse.Namespace) -> None:
+    """Raise UserError unless what the flags ask for can be written."""
+    if flags.chart and flags.chart.suffix not in CHARTS:
+        raise UserError(f"--chart {flags.chart} must end in one of {', '.join(CHARTS)}")
     for name in ("json", "chart"):
         if getattr(flags, name):
             check_target(getattr(flags, name), flag=f"--{name}")
@@ -423,7 +520,7 @@ def _needs(name: str) -> Iterable[tuple[str, str]]:
 
 
 def _said(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {taken:.3f} s" for name, taken in seconds.items())
+    return ", ".join(f"{name} {figures(taken)} s" for name, taken in seconds.items())
 
 
 def _range(values: Sequence[float], digits: int) -> str:
@@ -431,18 +528,22 @@ def _range(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _write(path: Path, content: Mapping) -> None:
+def _write(flag: str, path: Path, content: Mapping) -> None:
     try:
         write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
+        raise UserError(f"{flag}: {path} cannot be written: {error}; name another place") from None
+    console.print(f"wrote {path}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jax_impl.bench", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", default="mlp128", help="a name or a .toml file (default: mlp128)")
     parser.add_argument(
-        "--against", nargs="+", metavar="PROGRAM", help=f"of {', '.join(BASELINES)} (default: all that can run here)"
+        "--against",
+        nargs="+",
+        metavar="PROGRAM",
+        help="; ".join(f"{name}: {what}" for name, what in BASELINES.items()) + " (default: all that can run here)",
     )
     parser.add_argument("--pairs", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--steps", type=int, help="steps a turn (default: an epoch's)")
@@ -453,14 +554,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="say what operations a turn of ours was spent on")
     parser.add_argument(
         "--process",
-        choices=("cold", "warm"),
+        choices=PROCESSES,
         help="whole processes instead, ours and the lesson's; with nothing compiled before, or with our programs kept",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times to this file")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios: .png, .svg, .pdf (extra plot)")
     parser.add_argument("--keep", action="store_true", help=f"keep the times in {RESULTS}")
     return parser
-
-
-if __name__ == "__main__":
-    run_program(main)

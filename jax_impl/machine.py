@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import functools
 import time
@@ -13,7 +18,6 @@ import numpy as np
 
 from jax_impl.parallel import PLATFORMS, select_device
 from spec import bench_worker
-from spec.errors import run_program
 
 TURNS = 5
 SIZE, SIZE_ON_CPU = 8192, 2048  # of the matrices: a product takes some tens of milliseconds
@@ -70,7 +74,3 @@ def main() -> None:
     parser.add_argument("--platform", choices=PLATFORMS)
     arguments = parser.parse_args()
     bench_worker.serve(lambda: Machine(select_device(arguments.platform)))
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -34,7 +34,7 @@ from spec.program import config, origin
 from spec.recipe import Data, Recipe
 from spec.recorder import DivergedError, Recorder, refuse_nonfinite
 from spec.run_directory import SUMMARY, WEIGHTS, RunDirectory
-from spec.sweep import ManyFlags, Setting
+from spec.sweep import ManyFlags, Setting, counted
 
 TABLE, CHART = "table.md", "chart.png"
 # Flags of `spec.program`, which saves what it can go on with; several runs at once do not.
@@ -127,12 +127,14 @@ def _train_all(
     for index, (_, recipe) in enumerate(runs):
         groups.setdefault(program_key(recipe), []).append(index)
     made_by = origin(IMPLEMENTATION, device)
-    display.line(f"{len(runs)} runs in {len(groups)} programs on {made_by['devices'][0]}")
+    programs = f"{counted(len(runs), 'run')} in {counted(len(groups), 'program')}"
+    display.line(f"{programs} on {made_by['devices'][0]}, written in {place}")
     folder_names, summaries = _folder_names(runs), {}
     for number, members in enumerate(groups.values(), start=1):
         recipes = [runs[index][1] for index in members]
         if len(groups) > 1:
-            display.line(f"program {number} of {len(groups)}: {folder_names[members[0]]} and {len(members) - 1} more")
+            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+            display.line(f"program {number} of {len(groups)}: {folder_names[members[0]]}{more}")
         folders = [place / folder_names[index] for index in members]
         with IMPLEMENTATION.memory_explained():
             with display.waiting("compiling ..."):
@@ -152,7 +154,7 @@ def _check(flags: ManyFlags) -> None:
             flag = field.name.replace("_", "-")
             raise UserError(f"--{flag} is for one run; --seeds and --sweep make no checkpoints; leave it out")
     if flags.out:
-        run_directory.check_usable(flags.out, overwrite=False)
+        run_directory.check_usable(flags.out, overwrite=False, several=True)
     if flags.sweep:
         require("matplotlib", extra="plot")
 
@@ -185,6 +187,8 @@ def _train_together(
                     display.line(f"{recorders[run].directory.path.name} is out: {error}")
             if run == len(recorders) - 1 and isinstance(event, EpochDone):
                 display.line(_epoch_line(event, trainer.counts.epochs, [recorders[run].epochs[-1] for run in going]))
+            if not going:
+                break
     seconds = time.perf_counter() - start
     states = {run: trainer.state(run) for run in sorted(going)}
     for run in sorted(going):
@@ -212,9 +216,10 @@ def _finish(recorder: Recorder, state: Mapping, seconds: float, compile_seconds:
 
 def _epoch_line(event: EpochDone, epochs: int, figures: Sequence[Mapping]) -> str:
     accuracies = [of["train_accuracy" if of["test_accuracy"] is None else "test_accuracy"] for of in figures]
-    reached = f"accuracy {min(accuracies):.4f} to {max(accuracies):.4f}" if accuracies else "every run is out"
+    shown = list(dict.fromkeys(f"{end(accuracies):.4f}" for end in (min, max) if accuracies))
+    reached = f"accuracy {' to '.join(shown)}" if shown else "every run is out"
     seconds = figures[0]["seconds"] if figures else event.seconds
-    return f"epoch {event.epoch}/{epochs} done in {seconds:.2f} s  {len(figures)} runs, {reached}"
+    return f"epoch {event.epoch}/{epochs} done in {seconds:.2f} s  {counted(len(figures), 'run')}, {reached}"
 
 
 def _report(

@@ -20,9 +20,9 @@ def select_device(platform: str | None) -> jax.Device:
         if platform == "cpu":
             jax.config.update("jax_platforms", "cpu")
         return jax.devices(platform)[0]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the assertion is JAX's, of JAX_PLATFORMS=cuda without a GPU
         asked = f"--platform {platform}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip().splitlines() or ["JAX finds no such device"])[-1]
         raise UserError(
             f"{asked} is not on this machine ({reason}); leave it out, or install the extra of your accelerator "
             "(cuda, tpu)"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import os
 import sys
 from collections.abc import Sequence
 
 from spec import command_line, sweep
-from spec.errors import run_program
 from spec.sweep import ManyFlags
 
 
@@ -38,7 +42,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from spec.program import run
 
             run(flags, IMPLEMENTATION)
-
-
-if __name__ == "__main__":
-    run_program(main)

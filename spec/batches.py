@@ -59,7 +59,7 @@ def count(recipe: Recipe, num_examples: int) -> Counts:
     if recipe.batch_size > num_examples:
         raise RecipeError(
             f"batch_size {recipe.batch_size} is larger than the training split of {num_examples} examples; "
-            f"use --batch-size {num_examples} or less"
+            f"use batch_size {num_examples} or less"
         )
     full_steps, rest = divmod(num_examples, recipe.batch_size)
     short = rest if recipe.last_batch == "keep" else 0
@@ -67,7 +67,7 @@ def count(recipe: Recipe, num_examples: int) -> Counts:
     if smallest == 1 and (recipe.model.name == "cnn" or recipe.model.input_batchnorm):
         raise RecipeError(
             f"batch_size {recipe.batch_size} leaves a batch of one example, whose variance BatchNorm cannot take; "
-            "use another --batch-size, or --last-batch drop"
+            "use another batch_size, or last_batch drop"
         )
     return Counts(
         num_examples=num_examples,

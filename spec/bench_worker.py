@@ -67,6 +67,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def usable_cores() -> int:
+    """Return how many of the machine's CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _answer(answers: IO[str], **figures: Any) -> None:
     answers.write(json.dumps(figures) + "\n")
     answers.flush()
@@ -105,10 +110,16 @@ class Worker:
     def _read(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
-            said = self._said.read_text(errors="replace").strip().splitlines()
-            last = said[-1] if said else "nothing"
-            raise UserError(f"{self.name} ended with status {self._process.wait()}; it said: {last}")
+            raise self._failure()
         return json.loads(line)
+
+    def _failure(self) -> UserError:
+        """Return why the worker ended: a mistake of the user's (status 2) in the words that it was told in."""
+        said, status = self._said.read_text(errors="replace").strip(), self._process.wait()
+        if status == 2 and (told := re.search(r"^error: (.*)", said, re.MULTILINE | re.DOTALL)):
+            return UserError(told[1])
+        last = said.splitlines()[-1] if said else "nothing"
+        return UserError(f"{self.name} ended with status {status}; it said: {last}")
 
 
 @contextlib.contextmanager

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from spec import recipe as recipes
 from spec.errors import UserError, nearest, shown
@@ -97,7 +99,8 @@ def _parsed(kind: type[F], arguments: Sequence[str], **about: Any) -> F:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,), **about)
+            config = (tyro.conf.FlagCreatePairsOff,)
+            return tyro.cli(kind, args=list(arguments), config=config, registry=_numbers(), **about)
     except SystemExit as left:
         if not left.code:  # after --help
             raise
@@ -178,4 +181,39 @@ def _describe(recipe: Recipe) -> tuple[str, ...]:
         recipe.data.name,
         f"{recipe.epochs} x {steps}",
         accuracy,
+    )
+
+
+def _numbers() -> ConstructorRegistry:
+    """Return how tyro reads a number, or a number or None: what is neither is refused in a line, without Python's own
+    words and without the story of each kind that was tried."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        asked = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
+        kinds = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in asked}
+        for number, called in ((int, "a whole number"), (float, "a number")):
+            if number in kinds and kinds <= {number, NoneType}:
+                return _number(number, called, optional=NoneType in kinds)
+        return None
+
+    return registry
+
+
+def _number(number: type, called: str, *, optional: bool) -> PrimitiveConstructorSpec:
+    def read(words: list[str]) -> float | None:
+        if optional and words == ["None"]:
+            return None
+        try:
+            return number(words[0])
+        except ValueError:
+            raise ValueError(f"{words[0]!r} is not {called}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=number.__name__.upper() + ("|None" if optional else ""),
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int | float | None if optional else int | float),
+        str_from_instance=lambda value: [str(value)],
     )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from spec.signals import Stopped, raise_on_sigterm
+from spec.signals import Stopped, raise_on_signals
 
 LONGEST_LINE = 2_000  # letters of a line of a message
 
@@ -56,14 +56,15 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return max(difflib.get_close_matches(word, list(choices)), key=likeness, default=None)
 
 
-def run_program(program: Callable[[], None]) -> NoReturn:
-    """Run `program`, and leave the process with its `exit_status`.
+def run_program(module: str) -> NoReturn:
+    """Import `module`, run its `main`, and leave the process with the `exit_status`.
 
-    A failed or interrupted one leaves at once: the threads of a device program that is still running, and output that
-    cannot be flushed, would otherwise crash the interpreter as it shuts down.
+    A module that is a program begins with this call, before it imports anything else, so that imports can be
+    interrupted too. A failed or interrupted one leaves at once: the threads of a device program that is still running,
+    and output that cannot be flushed, would otherwise crash the interpreter as it shuts down.
     """
-    raise_on_sigterm()
-    status = exit_status(program)
+    raise_on_signals()
+    status = exit_status(lambda: importlib.import_module(module).main())
     if status == 0:
         sys.exit(0)
     sys.stderr.flush()

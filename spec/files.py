@@ -23,16 +23,28 @@ def check_target(path: Path, *, flag: str) -> None:
         raise UserError(f"{flag} {path}: {folder.name} is a file, not a directory; name another place")
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {path}: its directory does not exist; make it first")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{flag} {path}: nothing may be written there; name another place")
+    try:
+        with tempfile.NamedTemporaryFile(prefix=_prefix(path), dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path}: nothing can be written there ({error.strerror}); name another place") from None
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to `path` by a temporary file beside it, synced and renamed: a reader sees the old or the new.
 
-    Raises OSError; then `path` is as it was and nothing else is left.
+    Raises OSError, which names `path`; then that is as it was and nothing else is left.
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        _write_beside(path, content)
+    except OSError as error:
+        if not error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _write_beside(path: Path, content: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -43,3 +55,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _prefix(path: Path) -> str:
+    """Return how the name of the temporary file for `path` starts."""
+    return f".{path.name}."

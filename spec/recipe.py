@@ -333,6 +333,8 @@ def _adapter() -> TypeAdapter[Recipe]:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         if not os.path.isfile(path):
+            if path.name == "config.json" and (runs := sorted(path.parent.glob("*/config.json"))):
+                raise RecipeError(f"{path.parent} holds {len(runs)} runs; name one of them: {runs[0].parent}")
             raise RecipeError(f"recipe file {path} does not exist; recipes have names, and {SHOW_ALL}")
         if path.stat().st_size > 1_000_000:
             raise RecipeError(f"recipe file {path} has over 1,000,000 bytes; a recipe is a short TOML file")

@@ -83,7 +83,7 @@ def refuse_nonfinite(state: Mapping[str, np.ndarray], recipe: Recipe) -> None:
 def mend(recipe: Recipe) -> str:
     """Return what a user can do about a run that diverged."""
     rate = recipe.optimizer.learning_rate
-    return f"it diverged; lower --learning-rate (now {rate:g}), or scale the inputs down"
+    return f"it diverged; lower learning_rate (now {rate:g}), or scale the inputs down"
 
 
 def _refuse_divergence(event: Event, recipe: Recipe) -> None:

@@ -25,15 +25,17 @@ OUTCOME = (SUMMARY, WEIGHTS)  # of a finished run alone
 CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, checkpoints.FOLDER)
 
 
-def check_usable(path: Path, *, overwrite: bool) -> None:
-    """Raise RunDirectoryError unless a run may be written at `path`: new, empty, or a run to overwrite."""
+def check_usable(path: Path, *, overwrite: bool, several: bool = False) -> None:
+    """Raise RunDirectoryError unless a run may be written at `path`: new, empty, or a run to overwrite.
+
+    Where it is to hold `several` runs, none can be overwritten.
+    """
     if os.path.exists(path) and not os.path.isdir(path):
         raise RunDirectoryError(f"--out {path} is a file; name a directory that does not exist yet")
     there = contents(path)
     if there and not overwrite:
-        raise RunDirectoryError(
-            f"--out {path} is not empty; name another directory, or add --overwrite to replace the run"
-        )
+        replace = "" if several else ", or add --overwrite to replace the run"
+        raise RunDirectoryError(f"--out {path} is not empty; name another directory{replace}")
     if strangers := [name for name in there if name not in CONTENT]:
         raise RunDirectoryError(
             f"--overwrite replaces a run, and {path} holds more: {', '.join(strangers[:3])}; name another directory"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+IMPORTING = "<frozen importlib._bootstrap>"  # the file of the functions that import
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -30,13 +31,27 @@ class StopRequest:
         return self.number is not None
 
 
-def raise_on_sigterm() -> None:
-    """Have SIGTERM raise Stopped wherever the program is, as SIGINT raises KeyboardInterrupt."""
+def raise_on_signals() -> None:
+    """Have SIGTERM raise Stopped, and SIGINT KeyboardInterrupt, wherever the program is; in an import they end it.
+
+    An exception in the middle of an import is swallowed, or takes another's name, or crashes what is written in C.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
+        if _is_importing(frame):
+            os.write(2, b"interrupted\n" if number == signal.SIGINT else b"terminated\n")
+            os._exit(128 + number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, stop)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame and frame.f_code.co_filename != IMPORTING:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

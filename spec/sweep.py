@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import functools
 import itertools
 import json
 import math
@@ -10,7 +13,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from spec import recipe as recipes
 from spec.command_line import Flags
@@ -21,6 +24,7 @@ from spec.recipe import Recipe
 MOST_RUNS = 1_000
 LONGEST_NAME = 150  # letters of a folder; a file system takes 255
 NUM_SEEDS = 2**32
+MOST_DRAWN = 40  # settings; a picture of more cannot be read
 FIXED = ("name", "description", "seed", "metrics", "expected")  # of a recipe; --seeds is how seeds are asked for
 # What a kind that the recipe does not name needs besides: torch's defaults, and the lesson's StepLR.
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -40,6 +44,8 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 class ManyFlags(Flags):
     """One call of a trainer that can train many runs at once."""
 
+    overwrite: bool = False
+    """replace the run that --out holds; not with --seeds or --sweep"""
     seeds: int | None = None
     """train this many seeds at once, from the recipe's on"""
     sweep: tuple[str, ...] = ()
@@ -79,7 +85,7 @@ def settings(recipe: Recipe, sweep: Sequence[str]) -> list[Setting]:
 
 
 def check_given(arguments: Sequence[str], flags: ManyFlags) -> None:
-    """Raise UserError when `--sweep` is there twice or with nothing, or asks for what cannot be."""
+    """Raise UserError when `--sweep` is there twice, with nothing, or beside what contradicts it, or cannot be."""
     given = sum(argument == "--sweep" or argument.startswith("--sweep=") for argument in arguments)
     if given > 1:
         raise UserError(
@@ -87,6 +93,13 @@ def check_given(arguments: Sequence[str], flags: ManyFlags) -> None:
         )
     if given and not flags.sweep:
         raise UserError("--sweep names no field; learning_rate=0.1,0.01, say")
+    if flags.print_config and (flags.sweep or flags.seeds is not None):
+        raise UserError("--print-config prints one recipe, and --seeds and --sweep are for many runs; leave one out")
+    unchanged = recipes.load(flags.recipe)
+    for path in map(_path, _axes(flags.sweep)):
+        value = _at(flags.config, path)
+        if path[-1] != "name" and value != _at(unchanged, path):  # a kind's other fields may have to be given with it
+            raise UserError(f"{'.'.join(path)} is both swept and changed to {_said(value)}; leave one of the two out")
     plan(flags)
 
 
@@ -101,6 +114,15 @@ def plan(flags: ManyFlags) -> tuple[list[Setting], range]:
     if runs > MOST_RUNS:
         raise UserError(f"{runs:,} runs are asked for, and {MOST_RUNS:,} are the most; sweep fewer values or seeds")
     return settings(flags.config, flags.sweep), range(first, first + number)
+
+
+def counted(number: int, thing: str) -> str:
+    """Return the number and the thing, in the plural where there are several.
+
+    >>> counted(1, "run"), counted(1200, "run")
+    ('1 run', '1,200 runs')
+    """
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def summary_row(values: Mapping[str, Any], accuracies: Sequence[float | None]) -> dict[str, Any]:
@@ -147,15 +169,20 @@ def sentence(report: Mapping, row: Mapping) -> str:
 
 
 def chart(report: Mapping, path: Path) -> None:
-    """Draw the settings from the top down: each seed's accuracy a point, the mean a line, the best setting in red."""
-    from matplotlib.figure import Figure
+    """Draw the settings from the top down: each seed's accuracy a point, the mean a line, the best setting in red.
 
-    rows = report["settings"]
+    Of many settings the best are drawn.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows = _best(report["settings"])
     figure = Figure(figsize=(10, 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     best = max(row["mean"] for row in rows if row["mean"] is not None)
+    red, blue = "#c44e52", "#4878a8"
     for place, row in enumerate(rows):
-        colour = "#c44e52" if row["mean"] == best else "#4878a8"
+        colour = red if row["mean"] == best else blue
         accuracies = [accuracy for accuracy in row["accuracies"] if accuracy is not None]
         axes.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.6)
         if accuracies:
@@ -167,36 +194,100 @@ def chart(report: Mapping, path: Path) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(f"{report['accuracy_of']} accuracy")
-    axes.set_title(f"{report['recipe']}, {len(report['seeds'])} seeds a setting", fontsize=10)
+    some = (
+        f"; the best {len(rows)} of {len(report['settings'])} settings" if len(rows) < len(report["settings"]) else ""
+    )
+    axes.set_title(f"{report['recipe']}, {counted(len(report['seeds']), 'seed')} a setting{some}", fontsize=10)
+    kinds = [("a run", blue, "o"), ("mean of a setting", blue, "|"), ("the best mean", red, "|")]
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ms=9, mew=1.5, ls="", label=of) for of, colour, marker in kinds
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _best(rows: Sequence[Mapping]) -> list[Mapping]:
+    """Return the settings of the best means, as many as can be drawn, in the order that they have."""
+    ranked = sorted(range(len(rows)), key=lambda index: -1 if rows[index]["mean"] is None else rows[index]["mean"])
+    return [rows[index] for index in sorted(ranked[-MOST_DRAWN:])]
 
 
 def _axes(sweep: Sequence[str]) -> dict[str, list[Any]]:
     """Return the values of each field, by the name the user gave it."""
     axes, seen = {}, {}
     for argument in sweep:
-        field, _, text = argument.partition("=")
-        path = _path(field)
+        field, _, text = (part.strip() for part in argument.partition("="))
+        path = _path(field) if field else _refuse_values(argument)
         if path in seen:
+            other = "" if field == seen[path] else f" as {seen[path]}"
             raise RecipeError(
-                f"--sweep {field}: that is {seen[path]}, which is there already; give its values in one list"
+                f"--sweep {field} is there already{other}; give all its values in one list: {field}=VALUE,VALUE"
             )
         axes[field], seen[path] = _values(argument, text), field
+        _check_values(field, path, axes[field])
     return axes
 
 
 def _values(argument: str, text: str) -> list[Any]:
+    """Return the values of a list: JSON, or words and numbers as one writes them, lists of them in brackets."""
     try:
         return json.loads(f"[{text}]") if text else _refuse_values(argument)
     except (ValueError, RecursionError):
-        return [_value(part) if part.strip() else _refuse_values(argument) for part in text.split(",")]
+        return [_value(part) if part else _refuse_values(argument) for part in _parts(text)]
 
 
 def _value(text: str) -> Any:
-    try:
+    value = _word(text)
+    if value == text and text.startswith("[") and text.endswith("]"):
+        return [_word(part) for part in _parts(text[1:-1])]
+    return value
+
+
+def _word(text: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    with contextlib.suppress(ValueError):
+        return float(text)  # nan, .5: no JSON
+    return text
+
+
+def _parts(text: str) -> list[str]:
+    """Return what stands between the commas outside brackets.
+
+    >>> _parts("[relu,tanh], 3")
+    ['[relu,tanh]', '3']
+    """
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _check_values(field: str, path: Sequence[str], values: Sequence[Any]) -> None:
+    """Raise RecipeError for a value that is there twice, and for one that should be a list."""
+    said = [_said(value) for value in values]
+    twice, times = collections.Counter(said).most_common(1)[0]
+    if times > 1:
+        raise RecipeError(f"--sweep {field}: {twice} is there {times} times; leave it once")
+    if _takes_a_list(path) and not all(isinstance(value, list) for value in values):
+        one, several = f"[{','.join(said)}]", ",".join(f"[{value}]" for value in said)
+        write = one if one == several else f"{several} for {len(said)} of them, {one} for one"
+        raise RecipeError(f"--sweep {field}={','.join(said)}: each value of {field} is a list; write {write}")
+
+
+def _takes_a_list(path: Sequence[str]) -> bool:
+    hint: Any = Recipe
+    for name in path:
+        hint = get_type_hints(hint)[name]
+    return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
+
+
+def _at(recipe: Recipe, path: Sequence[str]) -> Any:
+    return functools.reduce(getattr, path, recipe)
 
 
 def _refuse_values(argument: str) -> NoReturn:
@@ -242,18 +333,20 @@ def _is_used(mapping: Mapping[str, Any], path: Sequence[str]) -> bool:
 
 def _path(field: str) -> tuple[str, ...]:
     """Return the path of a recipe's field that the user named."""
-    paths = [] if field in FIXED else list(_paths())
+    paths = [] if field in (*FIXED, "seeds") else list(_paths())
     matching = [path for path in paths if field in (".".join(path), path[-1])] or [
         path for path in paths if path == (field, "name")
     ]
     if len(matching) == 1:
         return matching[0]
-    if field in FIXED:
+    if not paths:
         mend = (
-            "--seeds N trains several seeds" if field == "seed" else "it changes nothing that is learned; leave it out"
+            "--seeds N trains several seeds"
+            if field in ("seed", "seeds")
+            else "it changes nothing that is learned; leave it out"
         )
         raise RecipeError(f"--sweep {field}: that is not swept; {mend}")
-    known = sorted({name for path in paths for name in (".".join(path), path[-1])})
+    known = sorted({name for path in paths for name in (".".join(path), path[-1])} - {*FIXED})
     if matching:
         choices = ", ".join(".".join(path) for path in matching)
         raise RecipeError(f"--sweep {field}: which one: {choices}?")
@@ -276,4 +369,12 @@ def _figure(accuracy: float | None) -> str:
 
 
 def _said(value: Any) -> str:
+    """Return a value as one would write it: 100000 and 1e6, not 100000.0 and 1e+06.
+
+    >>> [_said(value) for value in (1e5, 1e6, 1e-6, 0.1, 0.123456789, [32, 64])]
+    ['100000', '1e6', '1e-06', '0.1', '0.123456789', '[32,64]']
+    """
+    if isinstance(value, float):
+        short = f"{value:g}" if float(f"{value:g}") == value else str(value)
+        return short.replace("e+0", "e").replace("e+", "e")
     return json.dumps(value, separators=(",", ":")) if isinstance(value, list | tuple | bool) else str(value)

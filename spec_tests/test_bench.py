@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -130,6 +131,14 @@ def test_a_worker_that_fails_is_named_with_what_it_said(toys):
     assert "toy ended with status 1; it said: MemoryError: the toy is full" in str(told.value)
 
 
+def test_a_mistake_that_a_worker_finds_is_told_in_its_own_words(tmp_path):
+    told = tmp_path / "told.py"
+    told.write_text("import sys\nsys.exit(print('noise\\nerror: recipe x:\\n  a: b; mend', file=sys.stderr) or 2)")
+    with pytest.raises(UserError) as refused:
+        contextlib.ExitStack().enter_context(bench_worker.worker("toy", [sys.executable, str(told)]))
+    assert str(refused.value) == "recipe x:\n  a: b; mend"
+
+
 def test_a_worker_that_does_not_start_is_named_too(tmp_path):
     gone = [sys.executable, str(tmp_path / "no_such_file.py")]
     with pytest.raises(UserError, match=r"toy ended with status 2; it said: .*no_such_file"):
@@ -208,10 +217,13 @@ def test_a_comparison_is_printed_kept_and_drawn(toys, monkeypatch, tmp_path, cap
     status = run(monkeypatch, *flags, "--json", "times.json", "--chart", "ratios.png", "--keep")
     out = capsys.readouterr().out
     assert status == 0, out
-    assert "the first 20 losses of all 3 programs are the same" in out
+    assert "the losses of the first 20 steps are the same in all programs" in out
     assert "turn 2 of 2: ours" in out
     assert "Keras 3 on the JAX backend" in out
     assert "efficiency, floor over time" in out
+    assert "digits, 2 turns of 3 steps" in out
+    assert "above 1 it is slower" in out
+    assert all(f"wrote {file}" in out for file in ("times.json", "ratios.png", "results/bench.json"))
     report = json.loads((tmp_path / "times.json").read_text())
     assert {name: len(seconds) for name, seconds in report["seconds"].items()} == {"ours": 2, "eager": 2, "keras": 2}
     assert report["steps"] == 3
@@ -228,11 +240,14 @@ def test_runs_in_one_program_take_turns_with_as_many_one_after_the_other(toys, m
     assert run(monkeypatch, *flags, "--json", tmp_path / "times.json") == 0
     out = capsys.readouterr().out
     assert "as many runs, one after the other" in out
+    assert out.count("are the same in all programs, of the first run and of the last") == 1
+    assert "digits, 5 runs, 1 turn of 10 steps" in out
+    assert "all times are of 5 runs together" in out
     assert "operation9" in out
     assert "operation10" not in out
     assert "all others" in out
     assert "no operation" in out
-    assert "the first 20 losses of all 2 programs are the same" in out
+    assert "the losses of the first 20 steps are the same in all programs" in out
     report = json.loads((tmp_path / "times.json").read_text())
     assert {name: len(seconds) for name, seconds in report["seconds"].items()} == {"ours": 1, "alone": 1}
     assert report["flops"] == 5 * 10 * 32 * flops.training_flops(recipe.load("digits").model, (64,), 10)
@@ -258,14 +273,77 @@ def test_a_profile_that_names_no_operation_loses_no_times(toys, monkeypatch, cap
 def test_a_program_that_nobody_asked_for_is_left_out_where_it_does_not_start(toys, monkeypatch, capsys):
     monkeypatch.setattr(bench, "default_baselines", lambda recipe: ["compile", "eager"])
     assert run(monkeypatch, "--recipe", "digits", "--pairs", 1, "--steps", 1) == 0
-    assert "left out: compile ended with status 2" in capsys.readouterr().out
+    assert "compile is left out: compile ended with status 2" in capsys.readouterr().out
     assert run(monkeypatch, "--recipe", "digits", "--pairs", 1, "--steps", 1, "--against", "compile") == 2
-    assert "compile ended with status 2" in capsys.readouterr().err
+    assert "--against compile: compile ended with status 2" in capsys.readouterr().err
 
 
 def test_an_epoch_of_fewer_steps_is_compared_whole(toys, monkeypatch, capsys):
     assert run(monkeypatch, "--recipe", "synthetic-3class", "--against", "eager", "--pairs", 1) == 0
-    assert "the first 1 losses of all 2 programs are the same" in capsys.readouterr().out
+    assert "the losses of the first 1 step are the same in all programs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "ours",
+            "digits diverges: its loss at step 1 is nan; lower its learning_rate (now 1e+06), or scale the inputs "
+            "down; nothing was timed",
+        ),
+        ("eager", "eager does other work: its loss at step 1 is nan, ours 2.000000; nothing was timed"),
+    ],
+)
+def test_a_recipe_that_diverges_is_told_from_other_work(name, said):
+    digits = recipe.load("digits")
+    fast = dataclasses.replace(digits, optimizer=dataclasses.replace(digits.optimizer, learning_rate=1e6))
+    with pytest.raises(UserError) as told:
+        bench.check_equal_work(fast, {"ours": [1.0, 2.0], "eager": [1.0, 2.0]} | {name: [1.0, float("nan")]})
+    assert str(told.value) == said
+
+
+def test_an_interrupted_comparison_shows_and_writes_the_turns_that_were_done(toys, monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def interrupted_at_the_sixth(worker: bench_worker.Worker, steps: int) -> float:
+        calls.append(worker.name)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return {"ours": 0.5, "eager": 2.0}[worker.name]
+
+    monkeypatch.setattr(bench_worker.Worker, "seconds", interrupted_at_the_sixth)
+    flags = ["--recipe", "digits", "--against", "eager", "--pairs", 9, "--steps", 3, "--profile"]
+    assert run(monkeypatch, *flags, "--json", tmp_path / "times.json") == 130
+    out = capsys.readouterr().out
+    assert "9 turns in about 22.5 s" in out  # 9 (0.5 + 2.0)
+    assert "interrupted: what follows is of 1 turn, not 9" in out
+    assert "4.00 (4.00 to 4.00)" in out
+    assert json.loads((tmp_path / "times.json").read_text())["seconds"] == {"ours": [0.5], "eager": [2.0]}
+
+
+def test_an_interrupt_before_the_first_turn_is_done_shows_nothing(toys, monkeypatch, capsys):
+    monkeypatch.setattr(bench_worker.Worker, "seconds", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(monkeypatch, "--recipe", "digits", "--against", "eager", "--pairs", 9, "--steps", 3) == 130
+    assert "over ours" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_written_after_all_is_shown_and_named(toys, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "check_target", lambda path, *, flag: None)
+    target = tmp_path / "gone" / "times.json"
+    flags = ["--recipe", "digits", "--against", "eager", "--pairs", 1, "--steps", 3]
+    assert run(monkeypatch, *flags, "--json", target) == 2
+    ended = capsys.readouterr()
+    assert "above 1 it is slower" in ended.out
+    refused = f"error: --json: {target} cannot be written: [Errno 2] No such file or directory: '{target}'"
+    assert ended.err == f"{refused}; name another place\n"
+
+
+def test_a_place_that_takes_no_file_is_refused_before_anything_starts(toys, monkeypatch, capsys):
+    if not Path("/proc/self").is_dir():
+        pytest.skip("there is no folder that nobody may write to")
+    monkeypatch.setattr(bench, "command", None)
+    assert run(monkeypatch, "--recipe", "digits", "--json", "/proc/times.json") == 2
+    assert "--json /proc/times.json: nothing can be written there" in capsys.readouterr().err
 
 
 def test_a_program_that_does_other_work_is_not_timed(toys, monkeypatch, capsys):
@@ -278,7 +356,10 @@ def test_a_program_that_does_other_work_is_not_timed(toys, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--against egaer", "--against egaer: there is no such program (did you mean 'eager'?)"),
+        (
+            "--against egaer",
+            "--against egaer: there is no such program (did you mean 'eager'?); there are lesson, eager",
+        ),
         ("--pairs 0", "--pairs 0 must be 1 or more"),
         ("--steps -1", "--steps -1 must be 1 or more"),
         ("--seeds 0", "--seeds 0 must be 1 or more"),
@@ -287,6 +368,10 @@ def test_a_program_that_does_other_work_is_not_timed(toys, monkeypatch, capsys):
         ("--process warm --profile", "leave out --profile"),
         ("--recipe mpl128", "no recipe has the name 'mpl128'"),
         ("--json .", "--json . is a directory"),
+        ("--chart ratios.gif", "--chart ratios.gif must end in one of .png, .svg, .pdf"),
+        ("--chart ratios", "--chart ratios must end in one of .png, .svg, .pdf"),
+        ("--against channels_last", "a layout of images, for convolutions, and mlp128 has none"),
+        ("--recipe digits --process cold", "digits reads digits and minimises cross_entropy, mean"),
         ("--chart nowhere/ratios.png", "--chart nowhere/ratios.png: its directory does not exist"),
     ],
 )
@@ -312,6 +397,53 @@ REPORT = {
     "matmul_flops_per_second": [3e9, 4e9],
     "seconds": {"ours": [2.0, 4.0, 3.0], "eager": [6.0, 4.0, 3.0]},
 }
+
+
+def test_small_times_are_shown_with_three_figures(capsys):
+    report = REPORT | {"seconds": {"ours": [0.00712], "eager": [0.016]}, "flops": 1.25e7, "precision": "bfloat16"}
+    measured = {"steps": 20, "steps_per_epoch": 45, "ready_seconds": {"ours": 1.0, "eager": 2.0}}
+    bench.show(report | measured | {"peak_bytes": {"ours": 4e8, "eager": 5e8}})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split("  ")[0] == "program"
+    assert lines[2].split() == ["ours", "0.00712", "1", "16.0", "356.0", "1.0", "400"]
+    assert lines[3].split() == ["eager", "0.0160", "2.25", "(2.25", "to", "2.25)", "36.0", "800.0", "2.0", "500"]
+    assert "eager: torch, tensors in memory" in lines
+    assert "0.0125 GFLOP a turn, float32 matmul at 4.00 GFLOP/s at best" in lines
+    # 1.25e7 / 4e9 / 0.00712 is 0.439
+    assert lines[-1] == "efficiency, floor over time: 44%; the products are bfloat16, the floor is float32's"
+    assert max(map(len, lines[:4])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("process", "title"), [("cold", "cold (nothing compiled before)"), ("warm", "warm (our programs kept)")]
+)
+def test_a_table_of_whole_processes_has_their_columns_alone_and_says_what_was_compiled(process, title, capsys):
+    bench.show({key: REPORT[key] for key in ("recipe", "machine", "seconds")} | {"process": process})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"mlp128, whole processes, {title}, 3 turns"
+    assert lines[1].split("  ")[0] == "program"
+    assert lines[3].split() == ["eager", "4.00", "1.00", "(1.00", "to", "3.00)"]
+
+
+def test_a_chart_says_what_was_timed_and_its_ratios_to_a_hundredth(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: drawn.append(figure))
+    report = REPORT | {"steps": 20, "seeds": 32, "date": "2026-01-02"}
+    bench.chart(report | {"seconds": {"ours": [1.0], "alone": [0.98]}}, tmp_path / "ratios.png")
+    (figure,) = drawn
+    assert figure.get_suptitle() == "mlp128, 32 runs, 1 turn of 20 steps; 2 CPU cores, 2026-01-02"
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.98"]
+
+
+def test_the_cores_are_those_that_this_process_may_use():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system pins no process")
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert bench.origin({"platform": "cpu"})["machine"] == "1 CPU core"
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_a_table_says_milliseconds_an_epoch_and_microseconds_a_step():
@@ -375,7 +507,7 @@ def test_real_programs_take_turns_in_processes_of_their_own(monkeypatch, capsys)
     flags = ["--recipe", "digits", "--seeds", 2, "--steps", 2, "--pairs", 1, "--platform", "cpu", "--profile"]
     assert run(monkeypatch, *flags) == 0
     out = capsys.readouterr().out
-    assert "the first 20 losses of all 2 programs are the same" in out
+    assert "the losses of the first 20 steps are the same in all programs" in out
     assert "operation of ours" in out
 
 
@@ -385,7 +517,7 @@ def test_every_real_baseline_runs_in_a_process_of_its_own(monkeypatch, capsys):
     against = ["lesson", "eager", "compile", "stock", "keras"]
     flags = ["--recipe", "mlp128", "--against", *against, "--steps", 3, "--pairs", 1, "--platform", "cpu"]
     assert run(monkeypatch, *flags) == 0
-    assert "the first 20 losses of all 6 programs are the same" in capsys.readouterr().out
+    assert "the losses of the first 20 steps are the same in all programs" in capsys.readouterr().out
 
 
 def test_ratios_are_turn_by_turn_and_efficiency_is_floor_over_the_median():

@@ -26,8 +26,8 @@ import jax_impl.evaluate
 import jax_impl.predict
 import torch_ref.conversion
 import torch_ref.evaluate
-from jax_impl import bench
-from spec import conversion, recipe
+from jax_impl import bench, many
+from spec import conversion, recipe, sweep
 from spec_tests.commands import call, made_run
 from spec_tests.conftest import FRAMEWORKS, idx_bytes
 from spec_tests.lockstep import results as lockstep
@@ -41,7 +41,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 OURS = ("spec", "jax_impl", "torch_ref", "spec_tests", "constraints", "results", ".ci")
 SKIPPED = shutil.ignore_patterns(".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".git")
-TRACKED = [path.name for path in ROOT.iterdir() if path.is_file() and path.name != ".git"] + [
+# In a linked worktree .git is a file, which is not tracked.
+TRACKED = [str(path.relative_to(ROOT)) for path in ROOT.iterdir() if path.is_file() and path.name != ".git"] + [
     str(path.relative_to(ROOT))
     for folder in OURS
     for path in (ROOT / folder).rglob("*")
@@ -144,7 +145,8 @@ def test_every_trainer_command_of_the_readme_is_taken(command, capsys, tmp_path,
     mlp512 = recipe.load("mlp512")
     (tmp_path / "runs" / "mine" / "config.json").write_text(json.dumps({"recipe": recipe.to_mapping(mlp512)}))
     shutil.copy(recipe.RECIPES / "mlp512.toml", tmp_path / "mine.toml")
-    shown = [] if {"--list", "--help"} & set(arguments) else ["--print-config"]
+    monkeypatch.setattr(many, "run", lambda flags: print(sweep.plan(flags)))
+    shown = [] if {"--list", "--help", "--seeds", "--sweep"} & set(arguments) else ["--print-config"]
     with contextlib.suppress(SystemExit) if "--help" in arguments else contextlib.nullcontext():
         main([*arguments, *shown])
     assert capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 
 import jax
@@ -120,6 +121,23 @@ def test_a_field_can_be_named_by_its_path_and_hold_lists_and_a_schedule_brings_t
     assert (one.recipe.schedule.step_epochs, one.recipe.schedule.gamma) == (10, 0.1)
 
 
+def test_words_stand_in_lists_as_they_do_alone_and_spaces_are_nothing():
+    found = sweep.settings(MLP128, ["hidden_sizes = [8,8], [9,9]", "model.activations=[relu, tanh],[tanh,tanh]"])
+    assert [(setting.recipe.model.hidden_sizes, setting.recipe.model.activations) for setting in found] == [
+        ((8, 8), ("relu", "tanh")),
+        ((8, 8), ("tanh", "tanh")),
+        ((9, 9), ("relu", "tanh")),
+        ((9, 9), ("tanh", "tanh")),
+    ]
+    (one, two) = sweep.settings(MLP128, ["learning_rate = .5, 1e5"])
+    assert (one.recipe.optimizer.learning_rate, two.recipe.optimizer.learning_rate) == (0.5, 100_000)
+
+
+def test_numbers_are_named_as_one_writes_them():
+    names = [setting.name for setting in sweep.settings(MLP128, ["learning_rate=1e5,1e6,1e-6,0.1"])]
+    assert names == ["learning_rate-100000", "learning_rate-1e6", "learning_rate-1e-06", "learning_rate-0.1"]
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -138,6 +156,15 @@ def test_a_field_can_be_named_by_its_path_and_hold_lists_and_a_schedule_brings_t
         ("std=1", "which one: preprocessing.std, init.std?"),
         ("name=sgd", "changes nothing that is learned; leave it out"),
         ("seed=1,2", "--seeds N trains several seeds"),
+        ("seeds=1,2", "--seeds N trains several seeds"),
+        ("=1", "must be FIELD=VALUE,VALUE"),
+        ("nam=x", "a recipe has no such field; --help lists them"),
+        ("learning_rate=0.1,nan", "optimizer.learning_rate nan: must be a finite number"),
+        ("learning_rate=0.1,1e-1", "--sweep learning_rate: 0.1 is there 2 times; leave it once"),
+        ("hidden_sizes=32,64", "each value of hidden_sizes is a list; write [32],[64] for 2 of them, [32,64] for one"),
+        ("hidden_sizes=32", "each value of hidden_sizes is a list; write [32]"),
+        ("activations=[relu,]", "model.activations"),
+        ("learning_rate=" + "[" * 20_000 + "]" * 20_000, "optimizer.learning_rate"),
         ("optimizer.name.x=1", "no such field"),
     ],
 )
@@ -238,7 +265,42 @@ def test_a_run_that_diverges_leaves_the_others_alone_and_is_shown(trainer_comman
     assert "is out: the loss is" in ended.out
     assert "diverged" in (tmp_path / "sweep" / "table.md").read_text()
     assert (tmp_path / "sweep" / "chart.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / "sweep").glob("*1000000*/summary.json"))
+    assert list((tmp_path / "sweep").glob("learning_rate-1e6_*/config.json"))
+    assert not list((tmp_path / "sweep").glob("learning_rate-1e6_*/summary.json"))
+    assert "2 runs in 1 program on " in ended.out
+    assert re.search(r"epoch 2/2 done in [0-9.]+ s  1 run, accuracy 0\.[0-9]{4}\n", ended.out)
+    assert "lower learning_rate (now 1e+06)" in ended.out
+    assert f"written in {tmp_path / 'sweep'}" in ended.out
+
+
+def report_of(number: int, accuracies: tuple[float, ...]) -> dict:
+    """Return the report of as many settings, the one of learning rate n a thousandth of n better than those."""
+    rows = [
+        sweep.summary_row({"learning_rate": n}, [accuracy + n / 1000 for accuracy in accuracies])
+        for n in range(1, number + 1)
+    ]
+    return {"recipe": "digits", "seeds": list(range(len(accuracies))), "accuracy_of": "test", "settings": rows}
+
+
+@pytest.mark.parametrize(
+    ("number", "accuracies", "title", "first"),
+    [
+        (40, (0.5,), "digits, 1 seed a setting", "learning_rate 1"),
+        (41, (0.5, 0.6), "digits, 2 seeds a setting; the best 40 of 41 settings", "learning_rate 2"),
+    ],
+)
+def test_a_chart_says_what_it_shows_and_of_many_settings_shows_the_best(
+    number, accuracies, title, first, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: drawn.append(figure))
+    sweep.chart(report_of(number, accuracies), tmp_path / "chart.png")
+    (axes,) = drawn[0].axes
+    assert axes.get_title() == title
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert (len(names), names[0], names[-1]) == (40, first, f"learning_rate {number}")
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a run", "mean of a setting", "the best mean"]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +314,16 @@ def test_a_run_that_diverges_leaves_the_others_alone_and_is_shown(trainer_comman
         (["--list", "--sweep", "batch_sice=2"], "did you mean 'batch_size'?"),
         (["--seeds", 2, "--overwrite"], "--overwrite replaces one run"),
         (["--sweep", "learning_rate=x"], "optimizer.learning_rate 'x'"),
+        (["--seeds", 2, "--print-config"], "--print-config prints one recipe"),
+        (["--sweep", "batch_size=2,3", "--print-config"], "--print-config prints one recipe"),
+        (
+            ["--sweep", "learning_rate=0.1", "--learning-rate", 0.2],
+            "optimizer.learning_rate is both swept and changed to 0.2; leave one of the two out",
+        ),
+        (["--sweep", "batch_size=32,64", "--batch-size", 5000], "batch_size is both swept and changed to 5000"),
+        (["--sweep", "batch_size=32,5000"], "use batch_size 1438 or less"),
+        (["--seeds", "x"], "--seeds: 'x' is not a whole number"),
+        (["--momentum", "x"], "--optimizer.momentum: 'x' is not a number"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(flags, said, trainer_command, tmp_path):
@@ -266,6 +338,31 @@ def test_every_run_diverging_is_an_error(trainer_command, tmp_path):
     ended = trainer_command(*flags, "--out", tmp_path / "out")
     assert ended.status == 2
     assert "every run diverged" in ended.err
+    assert ended.out.count("is out: the loss is") == 2
+    assert "done in" not in ended.out  # of 20 epochs, the first was the last
+
+
+def test_a_kind_can_be_swept_though_the_command_line_changes_it_for_the_sake_of_its_fields():
+    other = dataclasses.replace(ADAM, betas=(0.8, 0.99))
+    flags = sweep.ManyFlags(config=dataclasses.replace(MLP128, optimizer=other), sweep=("optimizer=adam,sgd",))
+    sweep.check_given(["--sweep", *flags.sweep], flags)
+    assert [setting.recipe.optimizer.betas for setting in sweep.plan(flags)[0]] == [(0.8, 0.99), None]
+
+
+def test_a_place_that_is_taken_is_refused_without_advice_that_would_be_refused(trainer_command, tmp_path):
+    (tmp_path / "seed-0").mkdir()
+    ended = trainer_command("--recipe", "digits", "--seeds", 2, "--out", tmp_path)
+    assert ended.status == 2
+    assert ended.err == f"error: --out {tmp_path} is not empty; name another directory\n"
+
+
+def test_a_directory_of_several_runs_is_no_recipe_and_says_which_are(trainer_command, tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"seed-{seed}").mkdir()
+        (tmp_path / f"seed-{seed}" / "config.json").write_text("{}")
+    ended = trainer_command("--recipe", tmp_path)
+    assert ended.status == 2
+    assert ended.err == f"error: {tmp_path} holds 2 runs; name one of them: {tmp_path / 'seed-0'}\n"
 
 
 def test_torchs_trainer_says_that_it_has_no_seeds(trainer_command):

@@ -117,7 +117,7 @@ def test_a_run_stops_at_the_step_that_spoils_it_and_names_it(kind, dump, framewo
     assert ended.err.count("\n") == 1
     assert f"error: epoch 1, step {step}: " in ended.err
     assert what in ended.err
-    assert "it diverged; lower --learning-rate" in ended.err
+    assert "it diverged; lower learning_rate" in ended.err
     assert not (run / "weights.safetensors").exists()
     assert not (run / "summary.json").exists()
     assert not (run / "checkpoints").exists()

@@ -72,7 +72,7 @@ def test_steps_of_an_epoch_are_the_floor_or_keeping_the_last_the_ceiling(
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_the_largest_that_fits():
-    with pytest.raises(RecipeError, match=r"batch_size 128 is larger than .* 100 examples; use --batch-size 100"):
+    with pytest.raises(RecipeError, match=r"batch_size 128 is larger than .* 100 examples; use batch_size 100"):
         count(MLP128, 100)
 
 

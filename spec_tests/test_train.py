@@ -256,6 +256,18 @@ def test_a_platform_that_is_not_there_is_refused(trainer_command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("asked", ["cuda", "tpu", "no_such"])
+def test_a_platform_of_the_environment_that_is_not_there_is_refused(asked, tmp_path):
+    if jax.default_backend() != "cpu":
+        pytest.skip("there is an accelerator")
+    command = [sys.executable, "-m", "jax_impl.train", "--recipe", "digits", "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": asked})
+    assert ended.returncode == 2
+    assert re.fullmatch(
+        rf"error: JAX_PLATFORMS={asked} is not on this machine \(.+\); leave it out, or install .*\n", ended.stderr
+    )
+
+
 def test_torch_has_no_tpu(trainer_command, tmp_path):
     ended = trainer_command("--recipe", "digits", "--platform", "tpu", "--out", tmp_path / "run", framework="torch")
     assert ended.status == 2
@@ -320,7 +332,7 @@ def test_an_update_that_ruins_the_net_in_the_last_step_is_refused_too(trainer_co
     deep += " --model.hidden-sizes" + " 64" * 8 + " --model.activations" + " relu" * 8
     ended = trainer_command(*deep.split(), "--out", tmp_path / "run")
     assert ended.status == 2
-    assert "the test loss is not finite after epoch 1: it diverged; lower --learning-rate (now 1e+06)" in ended.err
+    assert "the test loss is not finite after epoch 1: it diverged; lower learning_rate (now 1e+06)" in ended.err
     assert not (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "weights.safetensors").exists()
 

@@ -7,6 +7,11 @@ layout, `compile` with the network through `torch.compile`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import itertools
 from collections.abc import Iterator
@@ -18,7 +23,6 @@ from spec import bench_worker, params
 from spec import recipe as recipes
 from spec.batches import count, epoch_order
 from spec.bench_worker import without_dropout
-from spec.errors import run_program
 from spec.recipe import Recipe
 from torch_ref import convert, data, lesson, models, optim
 from torch_ref.objective import example_losses
@@ -133,7 +137,3 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = recipes.load(arguments.recipe)
     bench_worker.serve(lambda: program(arguments.name, recipe, select_device(arguments.platform)))
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -7,6 +7,11 @@ is measured against, so nothing in it is tuned.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import time
 from collections.abc import Iterator
@@ -18,7 +23,7 @@ from torch.utils.data import DataLoader
 from spec import recipe as recipes
 from spec.datasets import cache, sources
 from spec.datasets.catalog import IDX_SETS
-from spec.errors import RecipeError, run_program
+from spec.errors import RecipeError
 from spec.recipe import Loss, Recipe
 from torch_ref import models, optim
 from torch_ref.trainer import select_device
@@ -101,7 +106,3 @@ def _correct(model: nn.Module, loader: DataLoader) -> Iterator[int]:
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         yield (model(images).argmax(1) == labels).sum().item()
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import sys
 from collections.abc import Sequence
 
 from spec import command_line
-from spec.errors import require, run_program
+from spec.errors import require
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +31,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from torch_ref.trainer import IMPLEMENTATION
 
         run(flags, IMPLEMENTATION)
-
-
-if __name__ == "__main__":
-    run_program(main)

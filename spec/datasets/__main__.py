@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 from pathlib import Path
 
 from spec.datasets import cache, sources
 from spec.datasets.catalog import IDX_SETS
-from spec.errors import DataError, run_program
+from spec.errors import DataError
 
 
 def main() -> None:
@@ -31,7 +36,3 @@ def verify(name: str) -> None:
         print(f"bad   {found[file.name]}" if file.name in found else f"good  {file.name}  sha256 {file.sha256}")
     if found:
         raise DataError(f"{len(found)} of {len(idx_set.files)} files are bad; {cache.mend(idx_set)}")
-
-
-if __name__ == "__main__":
-    run_program(main)

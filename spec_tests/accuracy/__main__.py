@@ -6,6 +6,11 @@ run that is kept there, by the versions installed here, is not made again.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import importlib.util
 import sys
@@ -14,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from spec import recipe as recipes
-from spec.errors import UserError, did_you_mean, python_command, run_program
+from spec.errors import UserError, did_you_mean, python_command
 from spec_tests.accuracy import results as kept
 from spec_tests.accuracy.claims import EXPERIMENTS, claims_table
 from spec_tests.accuracy.publish import publish
@@ -121,7 +126,3 @@ def _measure(arguments: argparse.Namespace, runs: Sequence[Run], results: Result
             print(f"{run.key} {run.framework} seed {run.seed}: {summary['test_accuracy']}", file=sys.stderr, flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from spec import params, recipe
+from spec.bench_worker import usable_cores
 from spec.datasets.sizes import known_size
 from spec.errors import UserError
 from spec.recipe import Recipe
@@ -46,7 +47,7 @@ def read(out: Path, *, one_thread: bool) -> dict:
     device = f"{summary['devices'][0]}{', 1 thread' if one_thread else ''}"
     return summary | {
         "settings": settings_of(ran),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {device}",
+        "machine": f"{usable_cores()} cores, {platform.machine()}, {device}",
         "weight_change": _weight_change(ran, load_file(out / "weights.safetensors")),
     }
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import dataclasses
 import json
@@ -12,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from spec import recipe as recipes
-from spec.errors import UserError, require, run_program
+from spec.errors import UserError, require
 from spec.files import check_target, write_atomic
 from spec.recipe import Recipe
 from spec_tests.lockstep.report import Epoch, judge
@@ -152,7 +157,3 @@ def _write_json(path: Path, content: dict, *, flag: str) -> None:
         write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"{flag}: {path} cannot be written: {error}; name another place") from None
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import argparse
 import importlib.metadata
 import json
@@ -15,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from spec.errors import UserError, did_you_mean, run_program
+from spec.errors import UserError, did_you_mean
 from spec.files import check_target, write_atomic
 from spec.markdown import markdown_table
 from spec_tests.mutants.catalogue import MUTANTS, Mutant
@@ -31,6 +36,7 @@ COLOURS = {"killed": "green", "survived": "red", "crashed": "yellow"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the matrix as the flags say; leave with status 1 unless every mutant is killed."""
+    signal.signal(signal.SIGTERM, _terminate)
     flags = _parser().parse_args(arguments)
     if flags.jobs < 1:
         raise UserError(f"--jobs {flags.jobs}: must be 1 or more")
@@ -195,8 +201,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the matrix to this file")
     parser.add_argument("--keep", action="store_true", help=f"keep what these mutants gave in {RESULTS}")
     return parser
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
-    run_program(main)
