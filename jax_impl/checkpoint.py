@@ -1,4 +1,4 @@
-"""The state of a run on the disk, by Orbax; that it is read as it was written is `spec.checkpoints`' to prove."""
+"""The state of a run on the disk, by Orbax; that it is read as it was written is `spec.run.checkpoints`' to prove."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jax_impl.step import TrainState
-from spec.checkpoints import CheckpointError
+from spec.run.checkpoints import CheckpointError
 
 STATE = "state"
 

@@ -22,22 +22,23 @@ from jax_impl.optim import is_used, numbers_of
 from jax_impl.programs import check_fits
 from jax_impl.stepper import Stepper, wait
 from jax_impl.trainer import IMPLEMENTATION
-from spec import run_directory, sweep
+from spec import sweep
 from spec.command_line import Flags
 from spec.datasets import Dataset
 from spec.datasets.sizes import size_of
-from spec.display import Display
 from spec.errors import UserError, require
 from spec.files import write_atomic
-from spec.history import EpochDone, Event, StepsDone
-from spec.program import config, origin
 from spec.recipe import Data, Recipe
-from spec.recorder import DivergedError, Recorder, refuse_nonfinite
-from spec.run_directory import SUMMARY, WEIGHTS, RunDirectory
+from spec.run import run_directory
+from spec.run.display import Display
+from spec.run.history import EpochDone, Event, StepsDone
+from spec.run.program import config, origin
+from spec.run.recorder import DivergedError, Recorder, refuse_nonfinite
+from spec.run.run_directory import SUMMARY, WEIGHTS, RunDirectory
 from spec.sweep import ManyFlags, Setting, counted
 
 TABLE, CHART = "table.md", "chart.png"
-# Flags of `spec.program`, which saves what it can go on with; several runs at once do not.
+# Flags of `spec.run.program`, which saves what it can go on with; several runs at once do not.
 OF_ONE_RUN = ("resume", "resume_with_changes", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "dump_nonfinite")
 
 
@@ -87,7 +88,7 @@ def program_key(recipe: Recipe) -> Recipe:
 def run(flags: ManyFlags) -> dict:
     """Train the runs that the flags ask for, write their directories, the table and the summary; return the summary.
 
-    Raises UserError when every run diverged, and for what `spec.program.run` refuses.
+    Raises UserError when every run diverged, and for what `spec.run.program.run` refuses.
     """
     settings, seeds = sweep.plan(flags)
     runs = [

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spec import prediction
 from spec.errors import run_program
+from spec.inference import prediction
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

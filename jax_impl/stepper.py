@@ -17,7 +17,7 @@ from spec.datasets import Dataset, Split, preprocess
 from spec.datasets.dataset import value_table
 from spec.datasets.sizes import size_of
 from spec.recipe import Preprocessing, Recipe
-from spec.trainer import Cancelled
+from spec.run.trainer import Cancelled
 
 POLL_SECONDS = 0.0005
 

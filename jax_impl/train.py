@@ -39,6 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(flags)
         else:
             from jax_impl.trainer import IMPLEMENTATION
-            from spec.program import run
+            from spec.run.program import run
 
             run(flags, IMPLEMENTATION)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
-import spec.trainer
+import spec.run.trainer
 from jax_impl import checkpoint
 from jax_impl.background import in_background
 from jax_impl.compile_cache import keep_compiled_programs
@@ -22,12 +22,12 @@ from spec import datasets
 from spec.datasets import Dataset
 from spec.datasets.sizes import Size, known_size, size_of
 from spec.errors import UserError
-from spec.history import StepsDone
 from spec.recipe import Recipe
-from spec.trainer import Implementation, Tested
+from spec.run.history import StepsDone
+from spec.run.trainer import Implementation, Tested
 
 
-class Trainer(Stepper, spec.trainer.Trainer):
+class Trainer(Stepper, spec.run.trainer.Trainer):
     """One run of `recipe` over `dataset`, compiled and ready on `device`."""
 
     def launch(self, epoch: int, start: int, stop: int) -> Callable[[], StepsDone]:

@@ -21,7 +21,7 @@ from spec import recipe as recipes
 from spec.errors import UserError, nearest, shown
 from spec.files import expanded
 from spec.recipe import DataSource, Recipe
-from spec.run_directory import CONFIG, run_of
+from spec.run.run_directory import CONFIG, run_of
 
 DEFAULT_RECIPE = "mlp128"
 SEE_HELP = "--help lists every option"

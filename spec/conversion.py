@@ -16,14 +16,15 @@ from typing import Annotated, NamedTuple, TypeVar
 import numpy as np
 import tyro
 
-from spec import datasets, params, run_reader, weights
+from spec import datasets, params, weights
 from spec import recipe as recipes
 from spec.datasets.sizes import known_size, size_of
 from spec.errors import StateError, UserError, python_command
 from spec.files import check_target, write_atomic
 from spec.params import Leaf
 from spec.recipe import Recipe, to_mapping
-from spec.run_directory import CONFIG, WEIGHTS
+from spec.run import run_reader
+from spec.run.run_directory import CONFIG, WEIGHTS
 from spec.weights import Foreign, Found
 
 RUN, SAFETENSORS, STATE_DICT = "run", ".safetensors", ".pt"

@@ -16,10 +16,11 @@ from torch import nn
 
 import jax_impl.convert
 import torch_ref.conversion
-from spec import conversion, params, recipe, run_reader, weights
+from spec import conversion, params, recipe, weights
 from spec.datasets.sizes import known_size
 from spec.errors import StateError
 from spec.recipe import Recipe
+from spec.run import run_reader
 from spec_tests.assertions import assert_identical
 from spec_tests.commands import call, changed, made_run, random_state
 from torch_ref import models, state_dicts

@@ -16,10 +16,12 @@ from PIL import Image
 import jax_impl.evaluate
 import jax_impl.predict
 import torch_ref.evaluate
-from spec import conversion, datasets, evaluation, images, prediction, recipe, run_reader, weights
+from spec import conversion, datasets, recipe, weights
 from spec.datasets.sizes import known_size
 from spec.errors import DataError
+from spec.inference import evaluation, images, prediction
 from spec.recipe import Data, Recipe
+from spec.run import run_reader
 from spec_tests.assertions import assert_within
 from spec_tests.commands import call, changed, made_run
 from spec_tests.conftest import FRAMEWORKS, idx_bytes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spec import checkpoints
+from spec.run import checkpoints
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.processes import Started, started
 

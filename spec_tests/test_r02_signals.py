@@ -16,7 +16,7 @@ import pytest
 import jax_impl.trainer
 import spec.sweep
 import torch_ref.trainer
-from spec import checkpoints
+from spec.run import checkpoints
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.processes import Started, started
 

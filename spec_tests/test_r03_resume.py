@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spec import checkpoints, session
-from spec.checkpoints import Checkpoint
-from spec.history import EpochDone, Event, Position
-from spec.pace import Pace
-from spec.recorder import Recorder
+from spec.run import checkpoints, session
+from spec.run.checkpoints import Checkpoint
+from spec.run.history import EpochDone, Event, Position
+from spec.run.pace import Pace
+from spec.run.recorder import Recorder
 from spec_tests.conftest import FRAMEWORKS
 
 EPOCHS, STEPS_PER_EPOCH = 5, 8

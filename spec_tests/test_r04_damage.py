@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spec import checkpoints
-from spec.checkpoints import CheckpointError
+from spec.run import checkpoints
+from spec.run.checkpoints import CheckpointError
 from spec_tests.conftest import FRAMEWORKS
 
 FLAGS = ["--recipe", "digits", "--epochs", "3", "--checkpoint-every", "epoch", "--keep-checkpoints", "9", "--quiet"]

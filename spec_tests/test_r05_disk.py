@@ -13,8 +13,9 @@ import pytest
 
 import jax_impl.trainer
 import torch_ref.trainer
-from spec import checkpoints, files
-from spec.run_directory import RunDirectory
+from spec import files
+from spec.run import checkpoints
+from spec.run.run_directory import RunDirectory
 from spec_tests.conftest import FRAMEWORKS
 
 MODULES = {"jax": jax_impl.trainer, "torch": torch_ref.trainer}

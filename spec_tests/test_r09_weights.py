@@ -28,8 +28,9 @@ import numpy as np
 import pytest
 import torch
 
-from spec import conversion, recipe, run_reader, weights
+from spec import conversion, recipe, weights
 from spec.errors import RunDirectoryError, StateError
+from spec.run import run_reader
 from spec_tests.assertions import assert_identical
 from spec_tests.commands import made_run, random_state
 from torch_ref import state_dicts

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from spec import checkpoints, oracle, params, recipe
+from spec import oracle, params, recipe
 from spec.batches import epoch_order
+from spec.run import checkpoints
 from spec_tests.assertions import assert_within
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.tolerances import run_bound

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from spec import lock
 from spec.errors import RunDirectoryError
+from spec.run import lock
 from spec_tests.conftest import FRAMEWORKS
 
 LONG = ["--recipe", "digits", "--epochs", "100000", "--checkpoint-every", "1h"]

@@ -26,9 +26,9 @@ from spec import params, recipe
 from spec.batches import Counts, count, epoch_order
 from spec.datasets import Dataset, Split
 from spec.errors import RecipeError
-from spec.history import EpochDone, StepsDone
-from spec.pace import Pace
 from spec.recipe import Optimizer, Recipe, Schedule
+from spec.run.history import EpochDone, StepsDone
+from spec.run.pace import Pace
 from spec_tests.adapters import Network, OracleAdapter
 from spec_tests.assertions import assert_identical, assert_within
 from spec_tests.tolerances import run_bound

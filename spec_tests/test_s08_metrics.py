@@ -16,8 +16,8 @@ import torch_ref.objective
 from spec import oracle, recipe
 from spec.batches import Counts, count, epoch_order
 from spec.datasets import Dataset, Split
-from spec.history import EpochDone, History, StepsDone, running_loss, sum_of_correct_over_batch_size
 from spec.recipe import Metrics
+from spec.run.history import EpochDone, History, StepsDone, running_loss, sum_of_correct_over_batch_size
 from spec_tests import tolerances
 from spec_tests.assertions import assert_within
 from spec_tests.conftest import made_up_images

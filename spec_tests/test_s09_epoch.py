@@ -13,8 +13,8 @@ import torch
 from jax_impl.trainer import Trainer
 from spec import datasets, params, recipe
 from spec.batches import epoch_order
-from spec.pace import Pace
 from spec.recipe import Loss, Recipe, Schedule
+from spec.run.pace import Pace
 from spec_tests.assertions import assert_within
 from spec_tests.conftest import made_up_images
 from spec_tests.tolerances import FREE_RUN_FLOAT64, formula_bound

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec import saving
 from spec.batches import count
 from spec.errors import UserError
-from spec.history import EpochDone, History, Position, StepsDone
-from spec.pace import GROWTH, SECONDS, Pace
 from spec.recipe import load
-from spec.run_directory import RunDirectory
-from spec.saving import Interval, Saver, parse_interval
-from spec.trainer import Cancelled, Trainer
+from spec.run import saving
+from spec.run.history import EpochDone, History, Position, StepsDone
+from spec.run.pace import GROWTH, SECONDS, Pace
+from spec.run.run_directory import RunDirectory
+from spec.run.saving import Interval, Saver, parse_interval
+from spec.run.trainer import Cancelled, Trainer
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from safetensors.numpy import load_file
 
 import jax_impl.trainer
 import torch_ref.trainer
-from spec import params, recipe, recorder
+from spec import params, recipe
 from spec.datasets.catalog import IDX_SETS
+from spec.run import recorder
 from spec_tests.assertions import assert_within
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.tolerances import sum_bound
@@ -346,7 +347,7 @@ def test_a_final_state_that_is_not_finite_is_refused_naming_the_leaf(value):
 
 
 def test_runs_that_start_in_the_same_second_get_directories_of_their_own(trainer_command, tmp_path, monkeypatch):
-    from spec import run_directory
+    from spec.run import run_directory
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_directory.time, "strftime", lambda _: "20260101-000000")

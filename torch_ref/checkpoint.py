@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from spec.checkpoints import CheckpointError
+from spec.run.checkpoints import CheckpointError
 
 STATE = "state.safetensors"
 Snapshot = dict[str, np.ndarray]

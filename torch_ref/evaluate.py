@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from spec import evaluation
 from spec.errors import require, run_program
+from spec.inference import evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

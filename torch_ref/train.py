@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command_line.print_recipe(flags.config)
     else:
         require("torch", extra="torch")
-        from spec.program import run
+        from spec.run.program import run
         from torch_ref.trainer import IMPLEMENTATION
 
         run(flags, IMPLEMENTATION)

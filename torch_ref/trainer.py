@@ -10,14 +10,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import numpy as np
 import torch
 
-import spec.trainer
+import spec.run.trainer
 from spec import params
 from spec.batches import count, epoch_order
 from spec.datasets import Dataset
 from spec.errors import UserError
-from spec.history import StepsDone
 from spec.recipe import Recipe
-from spec.trainer import Cancelled, Implementation, Tested
+from spec.run.history import StepsDone
+from spec.run.trainer import Cancelled, Implementation, Tested
 from torch_ref import checkpoint, convert, data, models, optim
 from torch_ref.checkpoint import Snapshot
 from torch_ref.step import eval_step, train_step
@@ -25,7 +25,7 @@ from torch_ref.step import eval_step, train_step
 OPTIMIZER = "optimizer."  # goes before the names of its state in a snapshot
 
 
-class Trainer(spec.trainer.Trainer):
+class Trainer(spec.run.trainer.Trainer):
     """One run of `recipe` over `dataset` (raw, as `torch_ref.data.load` gives it), ready on `device`.
 
     With `skips`, a step that makes a number infinite or nan is left out. Raises RecipeError or DataError when the

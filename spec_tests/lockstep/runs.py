@@ -14,8 +14,8 @@ import torch_ref.trainer
 from spec import datasets, oracle, params
 from spec.batches import Counts, count, epoch_order
 from spec.datasets import Dataset, Split
-from spec.history import StepsDone
 from spec.recipe import Recipe
+from spec.run.history import StepsDone
 from spec_tests.adapters import Adapter, Arrays, JaxAdapter, Network, OracleAdapter, TorchAdapter
 from spec_tests.assertions import error_ratios, largest_difference, times
 from spec_tests.lockstep.report import Epoch, Flip, Forced

@@ -29,7 +29,7 @@ class Mutant:
 BATCHES = "spec/batches.py"
 DATASET = "spec/datasets/dataset.py"
 TABLES = "spec/datasets/tables.py"
-HISTORY = "spec/history.py"
+HISTORY = "spec/run/history.py"
 PARAMS = "spec/params.py"
 JAX_CONVERT = "jax_impl/convert.py"
 JAX_EPOCH = "jax_impl/epoch.py"

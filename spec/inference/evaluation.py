@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from spec import run_reader
 from spec.datasets import Dataset
 from spec.datasets.sizes import size_of
 from spec.errors import DataError
 from spec.files import check_target, write_atomic
 from spec.recipe import DataSource, Recipe
-from spec.run_reader import Run
+from spec.run import run_reader
+from spec.run.run_reader import Run
+from spec.run.trainer import Implementation
 from spec.table import print_table
-from spec.trainer import Implementation
 
 
 class Rounding(NamedTuple):

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spec import params, resume
+from spec import params
 from spec.command_line import Flags
-from spec.display import Display
 from spec.errors import UserError
 from spec.recipe import Recipe, to_mapping
-from spec.run_directory import SUMMARY, RunDirectory
-from spec.saving import parse_interval
-from spec.session import Session
-from spec.trainer import Implementation
+from spec.run import resume
+from spec.run.display import Display
+from spec.run.run_directory import SUMMARY, RunDirectory
+from spec.run.saving import parse_interval
+from spec.run.session import Session
+from spec.run.trainer import Implementation
 
 
 def run(flags: Flags, implementation: Implementation) -> Mapping:

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spec import checkpoints, faults, signals
+from spec import signals
 from spec.command_line import Flags
 from spec.datasets import Dataset
-from spec.display import Display
 from spec.errors import UserError
-from spec.history import EpochDone, Event, Position, StepsDone
-from spec.pace import Pace
-from spec.recorder import DivergedError, Recorder, mend, refuse_nonfinite
-from spec.resume import Start
-from spec.run_directory import BATCH, WEIGHTS, RunDirectory
-from spec.saving import Saver, parse_interval
+from spec.run import checkpoints, faults
+from spec.run.display import Display
+from spec.run.history import EpochDone, Event, Position, StepsDone
+from spec.run.pace import Pace
+from spec.run.recorder import DivergedError, Recorder, mend, refuse_nonfinite
+from spec.run.resume import Start
+from spec.run.run_directory import BATCH, WEIGHTS, RunDirectory
+from spec.run.saving import Saver, parse_interval
+from spec.run.trainer import Implementation, Trainer
 from spec.signals import Stopped, StopRequest
-from spec.trainer import Implementation, Trainer
 
 
 class Session:

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from spec import datasets, run_reader
+from spec import datasets
 from spec.datasets import Dataset, Split, preprocess
 from spec.datasets.catalog import IDX_SETS
 from spec.datasets.sizes import Size, known_size, size_of
 from spec.errors import DataError
 from spec.files import check_target, write_atomic
 from spec.recipe import Recipe
+from spec.run import run_reader
 from spec.table import print_table, printable
 
 if TYPE_CHECKING:
-    from spec.images import Picture
+    from spec.inference.images import Picture
 
 MOST_ROWS = 100
 MOST_SKIPPED = 10
@@ -71,7 +72,7 @@ def parse(arguments: Sequence[str], *, program: str, description: str) -> Flags:
 
 def read(flags: Flags) -> Request:
     """Return what the flags ask for. Raises UserError for a run or a picture that cannot be used."""
-    from spec import images
+    from spec.inference import images
 
     run = run_reader.read(flags.run)
     size, class_names, dataset = _data(run.recipe)

@@ -8,9 +8,9 @@ import numpy as np
 
 from spec.batches import epoch_order
 from spec.datasets import Dataset
-from spec.history import Position, StepsDone
 from spec.recipe import Recipe
-from spec.trainer import Trainer
+from spec.run.history import Position, StepsDone
+from spec.run.trainer import Trainer
 
 
 class Fault(NamedTuple):

@@ -14,10 +14,10 @@ import numpy as np
 
 from spec.batches import Counts
 from spec.datasets import Dataset
-from spec.history import START, EpochDone, Event, Position, StepsDone
-from spec.pace import Pace
 from spec.params import Leaf
 from spec.recipe import Recipe
+from spec.run.history import START, EpochDone, Event, Position, StepsDone
+from spec.run.pace import Pace
 
 Tested = tuple[np.ndarray, np.ndarray] | tuple[None, None]
 

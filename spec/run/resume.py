@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spec import checkpoints, lock, run_directory
-from spec.checkpoints import Checkpoint
 from spec.command_line import Flags
 from spec.errors import RunDirectoryError, UserError
 from spec.files import expanded
 from spec.recipe import to_mapping
-from spec.run_directory import CONFIG, SUMMARY
+from spec.run import checkpoints, lock, run_directory
+from spec.run.checkpoints import Checkpoint
+from spec.run.run_directory import CONFIG, SUMMARY
 
 UNTOLD = ("expected", "description", "name")  # of a recipe, what a run does not depend on
 FIXED = ("data", "batch_size", "last_batch", "model", "precision")  # what a state or a position in an epoch depends on

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spec import checkpoints
 from spec.errors import UserError
-from spec.history import History, Position
-from spec.run_directory import RunDirectory
+from spec.run import checkpoints
+from spec.run.history import History, Position
+from spec.run.run_directory import RunDirectory
 
 SHARE = 0.02  # of the time may go into saving, unless a user says how often to save
 SECONDS_OF_A_SAVE = 0.2  # until one was timed

@@ -16,7 +16,7 @@ from spec import params, recipe, weights
 from spec.datasets.sizes import Size
 from spec.errors import RunDirectoryError, python_command
 from spec.recipe import Recipe
-from spec.run_directory import CONFIG, SUMMARY, WEIGHTS
+from spec.run.run_directory import CONFIG, SUMMARY, WEIGHTS
 from spec.weights import Found
 
 CHECKSUM = "weights_sha256"

@@ -13,7 +13,7 @@ from spec.batches import Counts
 
 
 class Display:
-    """Shows the figures of `spec.history`; never reads or changes them."""
+    """Shows the figures of `spec.run.history`; never reads or changes them."""
 
     def __init__(self, *, quiet: bool, console: Console | None = None) -> None:
         self.quiet = quiet

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from spec import checkpoints
 from spec.errors import RunDirectoryError
 from spec.files import write_atomic
-from spec.lock import HOLDER, LOCK, RunLock
+from spec.run import checkpoints
+from spec.run.lock import HOLDER, LOCK, RunLock
 
 CONFIG, METRICS, SUMMARY, WEIGHTS = "config.json", checkpoints.METRICS, "summary.json", "weights.safetensors"
 BATCH = "nonfinite.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spec.history import Position
+from spec.run.history import Position
 
 SECONDS = 0.5  # so that a run that is told to stop is at rest soon: one call is under way, and one waits behind it
 GROWTH = 8  # a call has at most so many times the steps of the one before, whose rate it goes by

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spec import faults
 from spec.batches import Counts
-from spec.display import Display
 from spec.errors import UserError
-from spec.history import EpochDone, Event, History
 from spec.recipe import Recipe
-from spec.run_directory import RunDirectory
+from spec.run import faults
+from spec.run.display import Display
+from spec.run.history import EpochDone, Event, History
+from spec.run.run_directory import RunDirectory
 
 
 class DivergedError(UserError):

@@ -1,0 +1,1 @@
+"""What a finished run's network says: of a split, of pictures."""
