@@ -1,6 +1,14 @@
-"""Between the canonical state of `spec.params` (torch's layouts) and Flax's nested dicts (S3)."""
+"""Between the canonical state of `spec.params` (torch's layouts) and Flax's nested dicts (S3).
+
+`python -m jax_impl.convert RUN_OR_FILE OUT` is the command of `spec.conversion`.
+"""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # the command needs nothing of what is below
+    from spec.errors import run_program
+
+    run_program("spec.conversion")
 
 import math
 from collections.abc import Mapping, Sequence

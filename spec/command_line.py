@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from spec import recipe as recipes
+from spec.errors import UserError, nearest, shown
+from spec.files import expanded
 from spec.recipe import DataSource, Recipe
 from spec.run_directory import CONFIG, run_of
 
 DEFAULT_RECIPE = "mlp128"
+SEE_HELP = "--help lists every option"
 WIDE = 200  # columns of the table: a narrow terminal wraps whole rows, and names stay whole
 
 
@@ -63,29 +69,21 @@ F = TypeVar("F", bound=Flags)
 
 
 def parse(arguments: Sequence[str], *, program: str, description: str, kind: type[F] = Flags) -> F:
-    """Return the flags, the recipe's fields changed as the command line says; exit with 2 on a mistake.
+    """Return the flags, the recipe's fields changed as the command line says.
 
-    Raises RecipeError when the changed recipe breaks a rule.
+    Raises UserError for what is no option or no value of one, RecipeError when the changed recipe breaks a rule.
     """
     scanner = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     scanner.add_argument("--recipe")
     scanner.add_argument("--resume", default="auto")
     given = scanner.parse_known_args(arguments)[0]
-    name = given.recipe or _recipe_of(given.resume)
+    name = _recipe_of(given.resume) if given.recipe is None else given.recipe
     default = kind(recipe=name, config=recipes.load(name))
-    flags = tyro.cli(
-        kind,
-        args=list(arguments),
-        default=default,
-        prog=program,
-        description=description,
-        config=(tyro.conf.FlagCreatePairsOff,),
-        registry=_numbers(),
-    )
+    flags = _parsed(kind, arguments, default=default, prog=program, description=description)
     checked = recipes.parse(recipes.to_mapping(flags.config), source=name)
     if replace(checked, seed=default.config.seed) != default.config:
         checked = replace(checked, expected=None)  # it was measured for the recipe unchanged
-    paths = {name: path.expanduser() for name in ("out", "data_dir") if (path := getattr(flags, name))}
+    paths = {name: expanded(path) for name in ("out", "data_dir") if (path := getattr(flags, name))}
     return replace(flags, config=checked, **paths)
 
 
@@ -93,7 +91,52 @@ def _recipe_of(resume: str) -> str:
     """Return the recipe that `--resume` asks for, unless `--recipe` does: that of the run it names."""
     if resume in ("auto", "never"):
         return DEFAULT_RECIPE
-    return str((run_of(Path(resume).expanduser()) / CONFIG).absolute())
+    return str((run_of(expanded(Path(resume))) / CONFIG).absolute())
+
+
+def _parsed(kind: type[F], arguments: Sequence[str], **about: Any) -> F:
+    """Return the flags as tyro parses them; UserError with what is wrong, without its box and its page of help."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = (tyro.conf.FlagCreatePairsOff,)
+            return tyro.cli(kind, args=list(arguments), config=config, registry=_numbers(), **about)
+    except SystemExit as left:
+        if not left.code:  # after --help
+            raise
+    unknown = [name for name in map(_name, arguments) if name.startswith("--") and name not in _options(kind)]
+    if unknown and "Unrecognized" in said.getvalue():
+        raise UserError(f"{shown(unknown[0])} is not an option{_nearest(unknown[0], _options(kind))}; {SEE_HELP}")
+    raise UserError(f"{shown(_message(said.getvalue()), most=500)}; {SEE_HELP}")
+
+
+def _name(argument: str) -> str:
+    return argument.partition("=")[0].replace("_", "-")
+
+
+def _options(kind: type[Flags]) -> list[str]:
+    """Return the options as `--field` or `--section.field`, short names first."""
+    flags = [(field.name,) for field in fields(kind) if field.name != "config"]
+    names = [".".join(path).replace("_", "-") for path in [("help",), *flags, *recipes.paths()]]
+    return [*recipes.SHORT_OPTIONS, *(f"--{name}" for name in names)]
+
+
+def _nearest(option: str, options: Sequence[str]) -> str:
+    """Return `` (did you mean --x?)`` for the option that `option` is near to, by its path or by its last name."""
+    by_last_name = {f"--{name.rsplit('.', 1)[-1].removeprefix('--')}": name for name in reversed(options)}
+    choices = by_last_name | {name: name for name in options}
+    near = nearest(option, choices)
+    return f" (did you mean {choices[near]}?)" if near else ""
+
+
+def _message(box: str) -> str:
+    """Return the sentence in tyro's box: what stands between its title and its next rule, on one line."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯├┤]", "", line).strip() for line in box.splitlines()[1:]]
+    rules = [bool(line) and set(line) <= set("─-") for line in lines]
+    first = rules.index(False)
+    last = rules.index(True, first) if True in rules[first:] else len(lines)
+    sentence = " ".join(" ".join(lines[first:last]).split())
+    return sentence.removeprefix("Error parsing ").partition(" Got errors:")[0].rstrip(".")
 
 
 def print_recipe(recipe: Recipe) -> None:

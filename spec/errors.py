@@ -12,6 +12,8 @@ from typing import NoReturn
 
 from spec.signals import Stopped, raise_on_signals
 
+LONGEST_LINE = 2_000  # letters of a line of a message
+
 
 class UserError(Exception):
     """Something the user gave is wrong; the message names the value, the rule and the mend."""
@@ -33,21 +35,44 @@ class RunDirectoryError(UserError):
     """A run directory cannot be used or written."""
 
 
+def shown(text: str, *, most: int = 60) -> str:
+    """Return what a message says of `text` that a user gave: its ends if it is long, no letter that moves a cursor."""
+    text = text if len(text) <= most else f"{text[: most // 2]}...{text[3 - most // 2 :]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the choice nearest to `word`, or an empty string."""
-    near = difflib.get_close_matches(word, list(choices), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(word, choices)
+    return f" (did you mean {near!r}?)" if near else ""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Return the choice nearest to `word`, None when none is near; of equals, the one that has the same letters."""
+
+    def likeness(choice: str) -> tuple[float, bool]:
+        return difflib.SequenceMatcher(None, choice, word).ratio(), sorted(choice) == sorted(word)
+
+    return max(difflib.get_close_matches(word, list(choices)), key=likeness, default=None)
 
 
 def run_program(module: str) -> NoReturn:
     """Import `module`, run its `main`, and leave the process with the `exit_status`.
 
     A module that is a program begins with this call, before it imports anything else, so that imports can be
-    interrupted too. A failed or interrupted one leaves at once: the threads of a device program that is still running,
-    and output that cannot be flushed, would otherwise crash the interpreter as it shuts down.
+    interrupted too.
+    """
+    run_and_leave(lambda: importlib.import_module(module).main())
+
+
+def run_and_leave(program: Callable[[], None]) -> NoReturn:
+    """Run `program`, and leave the process with its `exit_status`.
+
+    A failed or interrupted one leaves at once: the threads of a device program that is still running, and output that
+    cannot be flushed, would otherwise crash the interpreter as it shuts down.
     """
     raise_on_signals()
-    status = exit_status(lambda: importlib.import_module(module).main())
+    status = exit_status(program)
     if status == 0:
         sys.exit(0)
     sys.stderr.flush()
@@ -69,6 +94,11 @@ def python_command() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
+def _lines(message: str, *, most: int = 10) -> list[str]:
+    lines = [shown(line, most=LONGEST_LINE) for line in message.split("\n")]
+    return lines if len(lines) <= most else [*lines[: most - 1], "..."]
+
+
 def exit_status(program: Callable[[], None]) -> int:
     """Run `program`; return 0, 2 after a mistake of the user's, 130 or 143 after SIGINT or SIGTERM, 141 after a broken
     pipe."""
@@ -76,7 +106,7 @@ def exit_status(program: Callable[[], None]) -> int:
         program()
         print(end="", flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(_lines(f"error: {error}")), file=sys.stderr)
         return 2
     except MemoryError as error:
         print(f"error: not enough memory ({error}); use a smaller batch, network or data set", file=sys.stderr)

@@ -9,6 +9,11 @@ from pathlib import Path
 from spec.errors import UserError
 
 
+def expanded(path: str | Path) -> Path:
+    """Return `path` with a leading `~` or `~user` replaced; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 -- pathlib's raises RuntimeError then
+
+
 def check_target(path: Path, *, flag: str) -> None:
     """Raise UserError, before anything is computed for it, unless a file can be put at `path`, which `flag` named."""
     folder = path.absolute().parent

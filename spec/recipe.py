@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -20,10 +21,12 @@ from typing import Annotated, Any, Literal, get_type_hints
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from spec.errors import RecipeError, did_you_mean
+from spec.errors import RecipeError, did_you_mean, shown
+from spec.files import expanded
 
 MAX_SYNTHETIC_VALUES = 500_000_000
 RECIPES = resources.files("spec") / "recipes"
+SHORT_OPTIONS = ("--learning-rate", "--momentum")  # without their section, which is the optimizer
 SHOW_ALL = "a trainer's --list shows them all"
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -135,11 +138,11 @@ class Optimizer:
 
     name: Literal["sgd", "adam"]
     """which rule"""
-    learning_rate: Annotated[float, Field(gt=0, le=1e6), tyro.conf.arg(aliases=["--learning-rate"])]
+    learning_rate: Annotated[float, Field(gt=0, le=1e6), tyro.conf.arg(aliases=SHORT_OPTIONS[:1])]
     """step size"""
     weight_decay: Annotated[float, Field(ge=0, le=1e6)]
     """coupled: added to the gradient, times the parameter"""
-    momentum: Annotated[Fraction | None, tyro.conf.arg(aliases=["--momentum"])] = None
+    momentum: Annotated[Fraction | None, tyro.conf.arg(aliases=SHORT_OPTIONS[1:])] = None
     """sgd: 0 is plain descent"""
     dampening: Annotated[float, Field(ge=0, le=1)] | None = None
     """sgd: the gradient enters the momentum buffer times 1 - dampening, after the first step"""
@@ -262,6 +265,16 @@ USES: dict[str, dict[str, frozenset[str]]] = {
 }
 
 
+def paths() -> Iterator[tuple[str, ...]]:
+    """Yield the path of each field that a recipe states: `("epochs",)`, `("optimizer", "momentum")`."""
+    hints = get_type_hints(Recipe)
+    for field in dataclasses.fields(Recipe):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from ((field.name, inner.name) for inner in dataclasses.fields(hints[field.name]))
+        elif field.name != "expected":
+            yield (field.name,)
+
+
 def recipe_names() -> list[str]:
     """Return the names of the recipes that ship with this package, sorted."""
     return sorted(file.name.removesuffix(".toml") for file in RECIPES.iterdir() if file.name.endswith(".toml"))
@@ -273,12 +286,12 @@ def load(name_or_path: str) -> Recipe:
     Raises RecipeError when there is none, when the file cannot be read, or when it breaks a rule.
     """
     if name_or_path.endswith((".toml", ".json")) or "/" in name_or_path:
-        path = Path(name_or_path).expanduser()
+        path = expanded(name_or_path)
         return parse(_read_mapping(path / "config.json" if os.path.isdir(path) else path), source=name_or_path)
     if name_or_path not in recipe_names():
         raise RecipeError(
-            f"no recipe has the name {name_or_path!r}{did_you_mean(name_or_path, recipe_names())}; {SHOW_ALL}, and a "
-            "path to a .toml file or to a run (runs/NAME) works too"
+            f"no recipe has the name '{shown(name_or_path)}'{did_you_mean(name_or_path, recipe_names())}; {SHOW_ALL}, "
+            "and a path to a .toml file or to a run (runs/NAME) works too"
         )
     return parse(tomllib.loads((RECIPES / f"{name_or_path}.toml").read_text("utf-8")), source=name_or_path)
 
@@ -286,10 +299,9 @@ def load(name_or_path: str) -> Recipe:
 def parse(mapping: dict[str, Any], *, source: str) -> Recipe:
     """Return the recipe that `mapping` (as TOML or JSON gives it) states; RecipeError lists every broken rule."""
     try:
-        recipe = _adapter().validate_json(json.dumps(mapping, default=str))
+        recipe = _adapter().validate_json(json.dumps(mapping, default=_as_table, ensure_ascii=False).encode())
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors(include_url=False)]
-        raise RecipeError(_report(source, lines)) from None
+        raise RecipeError(_report(source, error.errors(include_url=False), say=_explain)) from None
     except (RecursionError, ValueError) as error:
         raise RecipeError(f"recipe {source}: {error}") from None
     if mistakes := _broken_rules(recipe):
@@ -300,6 +312,11 @@ def parse(mapping: dict[str, Any], *, source: str) -> Recipe:
 def to_mapping(recipe: Recipe) -> dict[str, Any]:
     """Return `recipe` as nested dicts without the fields that do not apply: what TOML and JSON files hold."""
     return _without_none(dataclasses.asdict(recipe))
+
+
+def _as_table(date: Any) -> dict[str, str]:
+    """Return a date or time, which JSON has not, as a table: no field is one, and so it is refused where it stands."""
+    return {type(date).__name__: str(date)}
 
 
 def _without_none(value: Any) -> Any:
@@ -331,25 +348,24 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else mapping
 
 
-def _report(source: str, mistakes: list[str], *, most: int = 6) -> str:
-    shown = mistakes[:most]
+def _report(source: str, mistakes: Sequence[Any], *, say: Callable[[Any], str] = str, most: int = 6) -> str:
+    lines = [say(mistake) for mistake in mistakes[:most]]
     if len(mistakes) > most:
-        shown.append(f"and {len(mistakes) - most} more")
-    return f"recipe {source}:\n" + "\n".join(f"  {line}" for line in shown)
+        lines.append(f"and {len(mistakes) - most} more")
+    return f"recipe {source}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _explain(detail: Any) -> str:
     """Turn one of pydantic's error details into `path value: rule`, naming the nearest key for an unknown one."""
-    path = ".".join(str(part) for part in detail["loc"])
+    path = ".".join(shown(str(part)) for part in detail["loc"])
     if detail["type"] == "unexpected_keyword_argument":
         known = _known_keys(detail["loc"][:-1])
         return f"{path} is not a field{did_you_mean(str(detail['loc'][-1]), known)}; fields here: {', '.join(known)}"
     if detail["type"] == "string_pattern_mismatch":
-        return f"{path} {detail['input']!r}: must be lower-case letters, digits and hyphens"
+        return f"{path} {shown(repr(detail['input']))}: must be lower-case letters, digits and hyphens"
     if detail["type"] in {"missing", "missing_argument"}:
         return f"{path} is missing; a recipe states every field"
-    value = repr(detail["input"])
-    value = value if len(value) <= 60 else value[:57] + "..."
+    value = shown(repr(detail["input"]))
     rule = re.sub(r"^\w+ should", "must", detail["msg"])
     return f"{path or 'recipe'} {value}: {rule}"
 

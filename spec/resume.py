@@ -13,6 +13,7 @@ from spec import checkpoints, lock, run_directory
 from spec.checkpoints import Checkpoint
 from spec.command_line import Flags
 from spec.errors import RunDirectoryError, UserError
+from spec.files import expanded
 from spec.recipe import to_mapping
 from spec.run_directory import CONFIG, SUMMARY
 
@@ -38,7 +39,7 @@ class Start:
 def plan(flags: Flags, framework: str) -> Start:
     """Return where the run that the flags ask for starts. Raises UserError for what cannot be gone on with."""
     if flags.resume not in ("auto", "never"):
-        return _from(Path(flags.resume).expanduser(), flags, framework)
+        return _from(expanded(Path(flags.resume)), flags, framework)
     if flags.out is None:
         return Start(out=None)
     if flags.overwrite or flags.resume == "never" or CONFIG not in run_directory.contents(flags.out):

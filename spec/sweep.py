@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -355,14 +354,7 @@ def _path(field: str) -> tuple[str, ...]:
 
 
 def _paths() -> Iterator[tuple[str, ...]]:
-    hints = get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
-        if field.name in FIXED:
-            continue
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from ((field.name, inner.name) for inner in dataclasses.fields(hints[field.name]))
-        else:
-            yield (field.name,)
+    return (path for path in recipes.paths() if path[0] not in FIXED)
 
 
 def _outcome(row: Mapping) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -16,10 +18,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from torch import nn
 
+import jax_impl.evaluate
+import jax_impl.predict
+import torch_ref.conversion
+import torch_ref.evaluate
 from jax_impl import bench, many
-from spec import recipe, sweep
-from spec_tests.conftest import FRAMEWORKS
+from spec import conversion, recipe, sweep
+from spec_tests.commands import call, made_run
+from spec_tests.conftest import FRAMEWORKS, idx_bytes
 from spec_tests.lockstep import results as lockstep
 from spec_tests.lockstep.report import Epoch, Forced, judge
 from spec_tests.mutants import __main__ as mutants
@@ -142,19 +152,48 @@ def test_every_trainer_command_of_the_readme_is_taken(command, capsys, tmp_path,
     assert capsys.readouterr().out
 
 
+USING = {
+    "jax_impl.evaluate": jax_impl.evaluate.main,
+    "torch_ref.evaluate": torch_ref.evaluate.main,
+    "jax_impl.predict": jax_impl.predict.main,
+    "jax_impl.convert": conversion.main,
+    "torch_ref.convert": torch_ref.conversion.main,
+}
+
+
+def test_every_command_of_the_readme_that_uses_a_run_works(fashion_mnist, tmp_path, monkeypatch):
+    used = [
+        (found[1], line) for line in commands() if (found := re.search(r"python -m (\S+)", line)) and found[1] in USING
+    ]
+    assert {module for module, _ in used} == set(USING)
+    made_run(tmp_path / "runs" / "mine", recipe.load("mlp512"))
+    (tmp_path / "photos").mkdir()
+    for path in ("shirt.jpg", "photos/one.png"):
+        Image.fromarray(fashion_mnist.test.inputs[0, ..., 0]).save(tmp_path / path)
+    images = idx_bytes(fashion_mnist.test.inputs[:3, ..., 0])
+    (tmp_path / "images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+    lesson = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    torch.save(lesson.state_dict(), tmp_path / "lesson.pt")
+    monkeypatch.chdir(tmp_path)
+    for module, line in used:
+        ended = call(USING[module], *shlex.split(line)[3:])
+        assert (ended.status, ended.err) == (0, ""), line
+        assert ended.out
+
+
 def test_the_readmes_other_commands_are_known():
     known = ("make train", "make test", "python3 -m venv", ".venv/bin/pip install")
     modules = ("jax_impl.train", "jax_impl.bench", "torch_ref.train", "spec.datasets", "spec_tests.accuracy")
-    modules += ("spec_tests.lockstep", "spec_tests.mutants")
+    modules += ("spec_tests.lockstep", "spec_tests.mutants", *USING)
     for command in commands():
         module = re.search(r"python -m (\S+)", command)
         assert command.startswith(known) or (module and module[1] in modules), command
 
 
-def test_the_readmes_python_runs(capsys):
+def test_the_readmes_python_runs(capsys, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    namespace: dict = {}
-    exec(compile(code, "README.md", "exec"), namespace)
+    (tmp_path / "readme.py").write_text(code)
+    namespace = runpy.run_path(str(tmp_path / "readme.py"))
     assert set(namespace["weights"]) == {"linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias"}
     assert float(capsys.readouterr().out.split()[-1]) > 0.95  # the last epoch's test accuracy
 

@@ -322,7 +322,7 @@ def test_a_chart_says_what_it_shows_and_of_many_settings_shows_the_best(
         ),
         (["--sweep", "batch_size=32,64", "--batch-size", 5000], "batch_size is both swept and changed to 5000"),
         (["--sweep", "batch_size=32,5000"], "use batch_size 1438 or less"),
-        (["--seeds", "x"], "Error parsing --seeds: 'x' is not a whole number"),
+        (["--seeds", "x"], "--seeds: 'x' is not a whole number"),
         (["--momentum", "x"], "--optimizer.momentum: 'x' is not a number"),
     ],
 )

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -362,6 +363,15 @@ def literals(tree: ast.Module) -> dict[str, float]:
     return {name: value for name, value in pairs if value is not None}
 
 
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
+
 def number(node: ast.AST, names: dict[str, float]) -> float | None:
     """Return what a numeric expression of literals and `names` comes to, None for any other."""
     match node:
@@ -376,10 +386,7 @@ def number(node: ast.AST, names: dict[str, float]) -> float | None:
             return None if inside is None else -inside
         case ast.BinOp(left=left, op=op, right=right):
             sides = number(left, names), number(right, names)
-            symbols = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
-            if None in sides or type(op) not in symbols:
-                return None
-            return eval(f"({sides[0]}) {symbols[type(op)]} ({sides[1]})")
+            return None if None in sides or type(op) not in ARITHMETIC else ARITHMETIC[type(op)](*sides)
     return None
 
 

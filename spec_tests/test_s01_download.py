@@ -1,4 +1,4 @@
-"""S1: a download is verified, bounded and shared; the cache never holds a bad file, whatever the server does."""
+"""S1, R8: a download is verified, bounded and shared; the cache never holds a bad file, whatever the server does."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 from spec.datasets import cache, sources
 from spec.datasets.catalog import IdxSet
 from spec.errors import DataError
+from spec_tests import at_once
 from spec_tests.conftest import CONTENTS
 
 
@@ -50,8 +51,17 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_error(500)
             case "hang":
                 self.server.released.wait(30)
+            case "late":
+                self.server.released.wait(0.2)
+                self.send(body)
             case "cut":
+                self.send(body[: len(body) // 2], length=len(body))
+            case "false length, too long":
                 self.send(body, length=len(body) + 100)
+            case "false length, too short":
+                self.send(body, length=len(body) - 10)
+            case "length that is no number":
+                self.send(body, length="9" * 5_000)
             case "wrong bytes":
                 self.send(gzip.compress(b"<html>not what you asked for</html>"))
             case "another file":
@@ -59,6 +69,10 @@ class Handler(BaseHTTPRequestHandler):
             case "redirect to a file":
                 self.send_response(302)
                 self.send_header("Location", "file:///etc/passwd")
+                self.end_headers()
+            case "redirect without end":
+                self.send_response(302)
+                self.send_header("Location", self.path)
                 self.end_headers()
             case "slow":
                 self.send_response(200)
@@ -77,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             case _:
                 self.send(body)
 
-    def send(self, body: bytes, *, length: int | None = None) -> None:
+    def send(self, body: bytes, *, length: int | str | None = None) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(length or len(body)))
         self.end_headers()
@@ -114,11 +128,15 @@ def cached(tiny: IdxSet) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-@pytest.mark.parametrize("behaviour", ["good", "500 once"])
-def test_a_good_download_fills_the_cache(tiny, server, behaviour):
+SERVERS = "R8 behaviours of a server"
+
+
+@pytest.mark.parametrize("behaviour", ["good", "500 once", "late"])
+def test_a_good_download_fills_the_cache(tiny, server, behaviour, counted):
     server.behaviour = behaviour
     sources.ensure(served(tiny, server))
     assert cached(tiny) == CONTENTS
+    counted(SERVERS, 1)
 
 
 @pytest.mark.parametrize(
@@ -127,22 +145,30 @@ def test_a_good_download_fills_the_cache(tiny, server, behaviour):
         ("404", "HTTP Error 404"),
         ("500", "HTTP Error 500"),
         ("hang", "timed out"),
-        ("cut", "sent 0?[0-9,]+ of [0-9,]+ bytes"),
+        ("cut", "sent [0-9,]+ of [0-9,]+ bytes"),
+        ("false length, too long", "sent [0-9,]+ of [0-9,]+ bytes"),
+        ("false length, too short", "gave a wrong file: train-images-idx3-ubyte cannot be read"),
+        ("length that is no number", "integer string conversion"),
         ("wrong bytes", "gave a wrong file: train-images-idx3-ubyte is cut short"),
         ("another file", "gave a wrong file: train-images-idx3-ubyte is mislabelled"),
         ("redirect to a file", "is not allowed"),
+        ("redirect without end", "infinite loop"),
         ("slow", "took over 1 s"),
         ("endless", "sent over 70,256 bytes"),
         ("no http", "hello"),
     ],
 )
-def test_whatever_the_server_does_the_cache_holds_no_file(tiny, server, behaviour, said):
+def test_whatever_the_server_does_the_cache_holds_no_file(tiny, server, behaviour, said, counted):
     server.behaviour = behaviour
     start = time.monotonic()
     with pytest.raises(DataError, match=said):
         sources.ensure(served(tiny, server))
     assert time.monotonic() - start < 20
     assert cached(tiny) == {}
+    server.behaviour = "good"
+    sources.ensure(served(tiny, server))
+    assert cached(tiny) == CONTENTS
+    counted(SERVERS, 1)
 
 
 def test_the_next_mirror_serves_when_the_first_is_down(tiny, server):
@@ -158,17 +184,19 @@ def test_only_the_missing_files_are_downloaded(tiny, server):
     assert sorted(server.requests) == sorted(set(CONTENTS) - {"train-images-idx3-ubyte"})
 
 
-def _ensure(idx_set: IdxSet, root: str) -> dict[str, str]:
-    os.environ["LOCKSTEP_CACHE"] = root
-    sources.ensure(idx_set)
-    return cache.damage(idx_set)
-
-
-def test_eight_processes_share_one_download(tiny, server):
-    with multiprocessing.get_context("spawn").Pool(8) as pool:
-        damage = pool.starmap(_ensure, [(served(tiny, server), str(cache.root()))] * 8)
-    assert damage == [{}] * 8
+def test_eight_processes_at_once_share_one_download(tiny, server, counted):
+    server.behaviour = "late"  # the first holds the lock while the others come
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(8)
+    processes = [context.Process(target=at_once.ensure, args=(served(tiny, server), together)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert cached(tiny) == CONTENTS
     assert sorted(server.requests) == sorted(CONTENTS)
+    counted("R8 processes that share a download", len(processes))
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -1,6 +1,14 @@
-"""Between the canonical states of `spec.params` and torch's modules and optimisers. Copies: no memory is shared."""
+"""Between the canonical states of `spec.params` and torch's modules and optimisers. Copies: no memory is shared.
+
+`python -m torch_ref.convert RUN_OR_FILE OUT` is the command of `torch_ref.conversion`.
+"""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # the command needs nothing of what is below
+    from spec.errors import run_program
+
+    run_program("torch_ref.conversion")
 
 from collections.abc import Iterator, Mapping
 

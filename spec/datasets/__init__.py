@@ -53,9 +53,8 @@ def _refuse_for_tables(name: str, data_dir: Path | None, data_source: DataSource
 def _load_idx(idx_set: IdxSet) -> Dataset:
     arrays = []
     for file in idx_set.files:
-        path = cache.raw_folder(idx_set) / file.name
         try:
-            arrays.append(file.parse(cache.read_verified(path, file), source=str(path)))
+            arrays.append(file.parse(cache.read_cached(idx_set, file), source=file.name))
         except DataError as error:
             raise DataError(f"{error}; {cache.mend(idx_set)}") from None
     train_images, train_labels, test_images, test_labels = arrays

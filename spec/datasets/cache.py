@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from spec.datasets import idx
 from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
 from spec.errors import DataError, python_command
-from spec.files import write_atomic
+from spec.files import expanded, write_atomic
 
 LOCK_SECONDS = 900
 
@@ -21,7 +21,7 @@ LOCK_SECONDS = 900
 def root() -> Path:
     """Return the cache's root: `$LOCKSTEP_CACHE`, else `lockstep` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if named := os.environ.get("LOCKSTEP_CACHE"):
-        return Path(named).expanduser()
+        return expanded(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
 
 
@@ -43,6 +43,15 @@ def read_verified(path: Path, file: IdxFile) -> bytes:
     raise DataError(f"{path} is damaged: its sha256 is {digest}, and should be {file.sha256}")
 
 
+def read_cached(idx_set: IdxSet, file: IdxFile) -> bytes:
+    """Return the content of a file of the cache; DataError unless it is `file`'s, as torchvision reads it: not gzip."""
+    path = raw_folder(idx_set) / file.name
+    content = read_verified(path, file)
+    if path.stat().st_size != len(content):
+        raise DataError(f"{path} is compressed; the cache holds its files uncompressed")
+    return content
+
+
 def missing_files(idx_set: IdxSet) -> list[IdxFile]:
     """Return the files that the cache lacks."""
     return [file for file in idx_set.files if not os.path.exists(raw_folder(idx_set) / file.name)]
@@ -56,7 +65,7 @@ def damage(idx_set: IdxSet) -> dict[str, str]:
         try:
             if not os.path.exists(path):
                 raise DataError(f"{path} is missing")
-            read_verified(path, file)
+            read_cached(idx_set, file)
         except DataError as error:
             found[file.name] = str(error)
     return found

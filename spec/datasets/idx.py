@@ -5,11 +5,11 @@ Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from spec.errors import DataError
 
 UNSIGNED_BYTE = 8
 GZIP_MAGIC = b"\x1f\x8b"
+GZIP_OVERHEAD = 1 << 16  # bytes; what gzip adds to bytes that it cannot make fewer is far less
+MOST_MEMBERS = 10_000  # a gzip file may be many, one after another; block compressors write one for 64 KiB
+CHUNK_BYTES = 1 << 14
 
 
 def read_bytes(path: Path, *, limit: int) -> bytes:
@@ -30,7 +33,9 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
         with path.open("rb") as file:
             compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
             file.seek(0)
-            content = gzip.GzipFile(fileobj=file).read(limit + 1) if compressed else file.read(limit + 1)
+            if compressed and os.fstat(file.fileno()).st_size > limit + GZIP_OVERHEAD:
+                raise DataError(f"{path} is gzip, and larger than the {limit:,} bytes that this data set has")
+            content = _decompressed(file, limit=limit) if compressed else file.read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if not content:
@@ -38,6 +43,28 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
     if len(content) > limit:
         raise DataError(f"{path} holds over {limit:,} bytes, more than this data set has")
     return content
+
+
+def _decompressed(file: BinaryIO, *, limit: int) -> bytes:
+    """Return what the gzip `file` holds, its first `limit` + 1 bytes if it holds more.
+
+    Python's gzip reads a header's texts and the zeros after a member byte by byte: a file of those takes it minutes.
+    Raises EOFError when the file is cut short, zlib.error when it is damaged.
+    """
+    content, chunk = bytearray(), file.read(CHUNK_BYTES)
+    for _ in range(MOST_MEMBERS):
+        member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # gzip's header, checksum and length
+        while not member.eof:
+            if not chunk:
+                raise EOFError("its compressed data are cut short")
+            content += member.decompress(chunk, limit + 1 - len(content))
+            if len(content) > limit:
+                return bytes(content)
+            chunk = member.unused_data if member.eof else file.read(CHUNK_BYTES)
+        while not (chunk := chunk.lstrip(b"\0")):
+            if not (chunk := file.read(CHUNK_BYTES)):
+                return bytes(content)
+    raise EOFError(f"it is over {MOST_MEMBERS:,} gzip files in one")
 
 
 def parse(content: bytes, *, rank: int, source: str) -> np.ndarray:
@@ -57,4 +84,7 @@ def parse(content: bytes, *, rank: int, source: str) -> np.ndarray:
     expected = header + math.prod(shape)
     if len(content) != expected:
         raise DataError(f"{source} has {len(content):,} bytes; its header says {expected:,}, for shape {list(shape)}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    try:
+        return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    except ValueError:  # a size of 0 beside sizes that no array can have
+        raise DataError(f"{source} says shape {list(shape)}, which no array can have") from None

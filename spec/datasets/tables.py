@@ -15,6 +15,7 @@ import numpy as np
 from spec.datasets.dataset import Dataset, Split
 from spec.datasets.sizes import num_held_out
 from spec.errors import DataError
+from spec.files import expanded
 from spec.recipe import Data
 
 MAX_CLASSES = 65_536
@@ -52,7 +53,7 @@ def load_csv(data: Data) -> Dataset:
 
     Labels are whole numbers; class k is the k-th smallest of them. Raises DataError naming the file and the row.
     """
-    path = Path(data.path).expanduser()
+    path = expanded(data.path)
     if data.path == "":
         raise DataError(
             "data.path is empty; name a CSV file: --data.path FILE for a trainer, data.path in a recipe file"
