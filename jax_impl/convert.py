@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports: the command needs no JAX, and ends here
-    from spec.conversion import main
+if __name__ == "__main__":  # the command needs nothing of what is below
     from spec.errors import run_program
 
-    run_program(main)
+    run_program("spec.conversion")
 
 import math
 from collections.abc import Mapping, Sequence

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import os
 import sys
 from collections.abc import Sequence
 
-from spec.errors import run_program
 from spec.inference import prediction
 
 
@@ -26,7 +30,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with IMPLEMENTATION.memory_explained():
         found = logits(request.recipe, request.inputs, len(request.class_names), request.state, device)
     prediction.report(request, found, flags)
-
-
-if __name__ == "__main__":
-    run_program(main)

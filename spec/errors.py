@@ -60,11 +60,19 @@ def run_program(module: str) -> NoReturn:
     """Import `module`, run its `main`, and leave the process with the `exit_status`.
 
     A module that is a program begins with this call, before it imports anything else, so that imports can be
-    interrupted too. A failed or interrupted one leaves at once: the threads of a device program that is still running,
-    and output that cannot be flushed, would otherwise crash the interpreter as it shuts down.
+    interrupted too.
+    """
+    run_and_leave(lambda: importlib.import_module(module).main())
+
+
+def run_and_leave(program: Callable[[], None]) -> NoReturn:
+    """Run `program`, and leave the process with its `exit_status`.
+
+    A failed or interrupted one leaves at once: the threads of a device program that is still running, and output that
+    cannot be flushed, would otherwise crash the interpreter as it shuts down.
     """
     raise_on_signals()
-    status = exit_status(lambda: importlib.import_module(module).main())
+    status = exit_status(program)
     if status == 0:
         sys.exit(0)
     sys.stderr.flush()

@@ -32,7 +32,7 @@ class StopRequest:
 
 
 def raise_on_signals() -> None:
-    """Have SIGTERM raise Stopped, and SIGINT KeyboardInterrupt, wherever the program is; in an import they end it.
+    """Have SIGTERM raise Stopped, and SIGINT KeyboardInterrupt, wherever the program is; in an import both end it.
 
     An exception in the middle of an import is swallowed, or takes another's name, or crashes what is written in C.
     """

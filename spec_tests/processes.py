@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from spec.errors import run_program
+from spec.errors import run_and_leave
 
 PRELOADED = [
     "jax_impl.train",
@@ -91,4 +91,4 @@ def _train(
 
     if prepare:
         prepare()
-    run_program(lambda: FRAMEWORKS[framework](arguments))
+    run_and_leave(lambda: FRAMEWORKS[framework](arguments))

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports: torch's is only due once the flags are known to be right
+if __name__ == "__main__":  # the command needs nothing of what is below
     from spec.errors import run_program
-    from torch_ref.conversion import main
 
-    run_program(main)
+    run_program("torch_ref.conversion")
 
 from collections.abc import Iterator, Mapping
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import sys
 from collections.abc import Sequence
 
-from spec.errors import require, run_program
+from spec.errors import require
 from spec.inference import evaluation
 
 
@@ -21,7 +26,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from torch_ref.trainer import IMPLEMENTATION
 
     evaluation.run(flags, run, IMPLEMENTATION, evaluate)
-
-
-if __name__ == "__main__":
-    run_program(main)
