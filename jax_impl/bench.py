@@ -54,9 +54,14 @@ BASELINES = {
     "stock": "the loop of Flax's documentation",
     "keras": "Keras 3 on the JAX backend, fit",
 }
-PROCESSES = {"cold": "nothing compiled before", "warm": "our programs kept"}
+PROCESSES = {
+    "cold": "nothing compiled before",
+    "warm": "our programs kept",
+    "saving": "our programs kept, and beside it ours that saves no checkpoint",
+}
 ON_JAX = ("ours", "many", "stock", "keras")
-WHAT = {"ours": "the epoch program of jax_impl"} | BASELINES | {"alone": "as many runs, one after the other"}
+WHAT = {"ours": "the epoch program of jax_impl"} | BASELINES
+WHAT |= {"alone": "as many runs, one after the other", "unsaved": "ours with --checkpoint-every never"}
 # JAX takes three quarters of a GPU's memory when it starts; here several programs share it.
 # Products at full width are asked for as ours are: an accelerator's own choice is narrower (S12.2).
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
@@ -163,18 +168,22 @@ def _timed(
 def compare_processes(recipe: Recipe, flags: argparse.Namespace, machine: Worker) -> dict:
     """Return the report of whole processes, ours and the lesson's in turn: all epochs of the recipe, start and end.
 
-    Ours finds its compiled programs on disk (warm), or an empty place for them each time (cold).
+    Ours finds its compiled programs on disk (warm), or an empty place for them each time (cold). To see what saving
+    costs, the other is ours too, without checkpoints.
     """
     platform = machine.ask("device")["platform"]
     with tempfile.TemporaryDirectory() as kept:
-        if flags.process == "warm":
-            _whole_process("jax_impl.train", flags.recipe, platform, kept)
+        ours = functools.partial(_whole_process, "jax_impl.train", flags.recipe, platform)
+        if flags.process != "cold":
+            ours(kept)
 
         def measure(turn: int) -> dict[str, float]:
-            lesson = _whole_process("torch_ref.lesson", flags.recipe, platform, None)
+            if flags.process == "saving":
+                other = {"unsaved": ours(kept, "--checkpoint-every", "never")}
+            else:
+                other = {"lesson": _whole_process("torch_ref.lesson", flags.recipe, platform, None)}
             with tempfile.TemporaryDirectory() as fresh:
-                place = kept if flags.process == "warm" else fresh
-                return {"ours": _whole_process("jax_impl.train", flags.recipe, platform, place), "lesson": lesson}
+                return {"ours": ours(fresh if flags.process == "cold" else kept)} | other
 
         seconds = _turns(flags.pairs, measure)
     return {"recipe": recipe.name, "process": flags.process, "seconds": seconds}
@@ -431,14 +440,14 @@ def _cache_in(folder: str) -> dict[str, str]:
     return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def _whole_process(module: str, recipe: str, platform: str, compiled: str | None) -> float:
+def _whole_process(module: str, recipe: str, platform: str, compiled: str | None, *more: str) -> float:
     """Return how long a trainer takes from start to end; ours keeps its programs in `compiled`, the lesson has none."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--out", str(Path(folder) / "run")] if compiled else []
         environment = os.environ | (_cache_in(compiled) if compiled else {})
         start = time.perf_counter()
         ended = subprocess.run(
-            [*_module(module, platform), "--recipe", recipe, *options],
+            [*_module(module, platform), "--recipe", recipe, *options, *more],
             capture_output=True,
             text=True,
             env=environment,
@@ -459,8 +468,9 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
     if flags.process:
         given = [name for name in ("steps", "against", "seeds", "profile") if getattr(flags, name)]
         if given:
-            raise UserError(f"--process times the whole of ours and of the lesson's; leave out --{given[0]}")
-        _check_baseline("lesson", recipe)
+            raise UserError(f"--process times whole processes; leave out --{given[0]}")
+        if flags.process != "saving":
+            _check_baseline("lesson", recipe)
     if (flags.seeds or 0) > MOST_RUNS or recipe.seed + (flags.seeds or 0) > NUM_SEEDS:
         raise UserError(f"--seeds {flags.seeds} must be {MOST_RUNS:,} or less, and the last seed under {NUM_SEEDS:,}")
     if flags.seeds and flags.against:
@@ -555,7 +565,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--process",
         choices=PROCESSES,
-        help="whole processes instead, ours and the lesson's; with nothing compiled before, or with our programs kept",
+        help="whole processes instead: ours and the lesson's, with nothing compiled before or with our programs kept; "
+        "or, to see what saving costs, ours and ours that saves no checkpoint",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times to this file")
     parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the ratios: .png, .svg, .pdf (extra plot)")

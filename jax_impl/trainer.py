@@ -78,6 +78,7 @@ def prepare(recipe: Recipe, device: jax.Device, *, skips: bool = False) -> Calla
     def compiling(size: Size) -> Future:
         return in_background(lambda: compile_programs(recipe, size, device, skips=skips))
 
+    in_background(checkpoint.preload)
     size = known_size(recipe.data)
     known = [compiling(size)] if size else []
 

@@ -541,14 +541,31 @@ def test_the_table_has_a_column_a_report():
     assert by_name["turns"] == ["3", "1 |"]
 
 
+def test_what_saving_costs_is_ours_beside_ours_that_saves_nothing(tmp_path, toys, monkeypatch):
+    ran: list[tuple[str, ...]] = []
+
+    def pretend(module: str, name: str, platform: str, compiled: str, *more: str) -> float:
+        ran.append((module, name, *more))
+        return float(len(ran))
+
+    monkeypatch.setattr(bench, "_whole_process", pretend)
+    monkeypatch.setattr(sys, "argv", ["bench", "--recipe", "digits", "--process", "saving", "--pairs", "2"])
+    with bench_worker.worker("machine", toy(tmp_path, "machine")) as machine_of_a_gpu:
+        report = bench.compare_processes(recipe.load("digits"), bench._parser().parse_args(), machine_of_a_gpu)
+    ours, unsaved = ("jax_impl.train", "digits"), ("jax_impl.train", "digits", "--checkpoint-every", "never")
+    assert ran == [ours, unsaved, ours, unsaved, ours]  # the first has its programs compiled
+    assert report["seconds"] == {"ours": [3.0, 5.0], "unsaved": [2.0, 4.0]}
+    assert bench.ratios(report, "unsaved") == [2 / 3, 4 / 5]
+
+
 @pytest.mark.parametrize("state", ["cold", "warm"])
 def test_whole_processes_take_turns_with_an_empty_or_a_filled_place_for_our_programs(
     state, tmp_path, toys, monkeypatch
 ):
     ran: list[tuple[str, str | None, bool]] = []
 
-    def pretend(module: str, name: str, platform: str, compiled: str | None) -> float:
-        assert platform == "gpu"
+    def pretend(module: str, name: str, platform: str, compiled: str | None, *more: str) -> float:
+        assert (platform, more) == ("gpu", ())
         filled = bool(compiled) and any(Path(compiled).iterdir())
         ran.append((module, name, filled))
         if compiled:
