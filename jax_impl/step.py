@@ -105,8 +105,8 @@ def _is_schedule(node: object) -> bool:
 
 def all_finite(tree: object) -> Bool[Array, ""]:
     """Return whether every number in `tree` is finite."""
-    numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in numbers]).all()
+    sound = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+    return jax.tree.reduce(jnp.logical_and, sound, jnp.array(True))
 
 
 def make_eval_step(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> EvalStep:

@@ -71,7 +71,8 @@ def deferred() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as a shell may have it
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield request
     finally:

@@ -141,9 +141,10 @@ def test_every_trainer_command_of_the_readme_is_taken(command, capsys, tmp_path,
     arguments = shlex.split(command.split(">")[0])[3:]
     main = FRAMEWORKS["torch" if "torch_ref" in command else "jax"]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    mlp512 = recipe.load("mlp512")
-    (tmp_path / "runs" / "mine" / "config.json").write_text(json.dumps({"recipe": recipe.to_mapping(mlp512)}))
+    for name in ("mine", "night"):
+        (tmp_path / "runs" / name / "checkpoints" / "00000938").mkdir(parents=True)
+        config = {"recipe": recipe.to_mapping(recipe.load("mlp512"))}
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps(config))
     shutil.copy(recipe.RECIPES / "mlp512.toml", tmp_path / "mine.toml")
     monkeypatch.setattr(many, "run", lambda flags: print(sweep.plan(flags)))
     shown = [] if {"--list", "--help", "--seeds", "--sweep"} & set(arguments) else ["--print-config"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spec.run import checkpoints
+from spec.run import checkpoints, program
 from spec.run.checkpoints import CheckpointError
 from spec_tests.conftest import FRAMEWORKS
 
@@ -160,17 +160,58 @@ def test_a_run_goes_on_from_the_newest_good_one_says_which_is_bad_and_keeps_it_a
     assert checkpoints.verify(folder / NEWEST).step == int(NEWEST)
 
 
-def test_with_no_good_one_left_a_run_begins_anew_and_says_so(runs, trainer_command, tmp_path):
+def test_with_no_good_one_left_nothing_is_touched_and_all_are_named(runs, trainer_command, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs["torch"], run)
     (run / "summary.json").unlink()
     for manifest in (run / "checkpoints").glob("*/manifest.json"):
         manifest.write_text("{}")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ended = trainer_command(*FLAGS[:-1], "--out", run, framework="torch")
+    assert (ended.status, ended.err.count("\n")) == (2, 4)
+    assert f"{run} has no good checkpoint to go on from; name another --out" in ended.err
+    assert ended.err.count("manifest.json is damaged: it is no manifest") == 3
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_before_its_first_checkpoint_a_run_begins_anew_and_says_so(runs, trainer_command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["torch"], run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints")
     ended = trainer_command(*FLAGS[:-1], "--out", run, framework="torch")
     assert ended.status == 0, ended.err
-    assert ended.out.count("not used: ") == 3
-    assert "has no checkpoint to go on from: it begins anew" in ended.out
+    assert f"{run} has no checkpoint yet: it begins anew" in ended.out
+    assert (run / "metrics.jsonl").read_text().count('"epoch"') == (runs["torch"] / "metrics.jsonl").read_text().count(
+        '"epoch"'
+    )
     assert (run / "weights.safetensors").read_bytes() == (runs["torch"] / "weights.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_checkpoint_of_a_run_of_another_recipe_is_not_taken(framework, runs, trainer_command, tmp_path):
+    other, run = tmp_path / "other", tmp_path / "run"
+    assert trainer_command(*FLAGS, "--seed", 1, "--out", other, framework=framework).status == 0
+    shutil.copytree(runs[framework], run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / NEWEST)
+    shutil.copytree(other / "checkpoints" / NEWEST, run / "checkpoints" / NEWEST)
+    ended = trainer_command(*FLAGS[:-1], "--out", run, framework=framework)
+    assert ended.status == 0, ended.err
+    assert f"not used: {run / 'checkpoints' / NEWEST / 'manifest.json'} is of a run of another recipe" in ended.out
+    assert f"going on from {run / 'checkpoints' / OLDER}" in ended.out
+    assert (run / "weights.safetensors").read_bytes() == (runs[framework] / "weights.safetensors").read_bytes()
+
+
+def test_a_checkpoint_of_other_versions_is_taken_with_a_word_of_warning(runs, trainer_command, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(runs["torch"], run)
+    (run / "summary.json").unlink()
+    version = program.importlib.metadata.version
+    monkeypatch.setattr(program.importlib.metadata, "version", lambda name: "0.0" if name == "numpy" else version(name))
+    ended = trainer_command(*FLAGS[:-1], "--out", run, framework="torch")
+    assert ended.status == 0, ended.err
+    assert "made by other versions: last bits may part from those of an unbroken run" in ended.out
 
 
 def test_the_last_ones_and_the_first_of_the_best_are_kept(tmp_path):

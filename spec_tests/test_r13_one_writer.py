@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -68,23 +67,20 @@ def test_a_lock_is_the_folders_own_and_given_back(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    held = lock.RunLock(first)
-    lock.check_free(second)
-    with pytest.raises(RunDirectoryError, match=f"{first} is being written by process [0-9]+ on "):
-        lock.check_free(first)
-    with pytest.raises(RunDirectoryError, match="wait until it is done, or name another --out"):
-        lock.RunLock(first)
-    held.release()
-    lock.check_free(first)
-    assert list(first.iterdir()) == []
-    again = lock.RunLock(first)
-    assert again.stale is None
-    again.release()
+    with lock.RunLock(first) as held, lock.RunLock(second):
+        with pytest.raises(RunDirectoryError, match=f"{first} is being written by process [0-9]+ on "):
+            lock.RunLock(first)
+        held.release()
+        with lock.RunLock(first) as again:
+            assert again.stale is None
+            held.release()  # once more, which takes nothing from the new holder
+            with pytest.raises(RunDirectoryError, match="wait until it is done, or name another --out"):
+                lock.RunLock(first)
+    assert [*first.iterdir(), *second.iterdir()] == []
 
 
 def test_a_holder_that_cannot_be_read_is_another_process(tmp_path):
-    held = lock.RunLock(tmp_path)
-    Path(tmp_path / lock.HOLDER).write_bytes(b"\xff not json")
-    with pytest.raises(RunDirectoryError, match="is being written by another process; wait"):
-        lock.check_free(tmp_path)
-    held.release()
+    with lock.RunLock(tmp_path):
+        (tmp_path / lock.HOLDER).write_bytes(b"\xff not json")
+        with pytest.raises(RunDirectoryError, match="is being written by another process; wait"):
+            lock.RunLock(tmp_path)

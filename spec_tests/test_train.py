@@ -22,7 +22,8 @@ import jax_impl.trainer
 import torch_ref.trainer
 from spec import params, recipe
 from spec.datasets.catalog import IDX_SETS
-from spec.run import recorder
+from spec.run import recorder, session
+from spec.run.pace import Pace
 from spec_tests.assertions import assert_within
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.tolerances import sum_bound
@@ -95,33 +96,35 @@ def test_mlp128_on_real_fashion_mnist_learns_in_one_epoch(fashion_mnist, trainer
 
 
 @both
-def test_a_run_repeats_bit_for_bit_from_its_config_and_in_any_split_of_the_epoch(framework, trainer_command, tmp_path):
+def test_a_run_repeats_bit_for_bit_from_its_config_and_in_any_split_of_the_epoch(
+    framework, trainer_command, tmp_path, monkeypatch
+):
     command = functools.partial(trainer_command, framework=framework)
     first = command("--recipe", "digits", "--epochs", 3, "--seed", 5, "--out", tmp_path / "first")
     assert first.status == 0, first.err
     config = tmp_path / "first" / "config.json"
     assert command("--recipe", config, "--out", tmp_path / "again", "--quiet").status == 0
-    assert command("--recipe", config, "--out", tmp_path / "spans", "--metrics.progress-every", 7).status == 0
+    monkeypatch.setattr(session, "Pace", functools.partial(Pace, steps=7))
+    assert command("--recipe", config, "--out", tmp_path / "spans").status == 0
     weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("first", "again", "spans")]
     assert weights[0] == weights[1] == weights[2]
-    epochs = [
-        [event | {"seconds": None} for event in lines(tmp_path / name / "metrics.jsonl") if event["event"] == "epoch"]
+    events = [
+        [event | {"seconds": None} for event in lines(tmp_path / name / "metrics.jsonl")]
         for name in ("first", "again", "spans")
     ]
-    assert epochs[0] == epochs[1] == epochs[2]
+    assert events[0] == events[1] == events[2]
     assert json.loads(config.read_text())["recipe"]["seed"] == 5
 
 
 @both
-def test_dropout_repeats_with_the_seed_and_in_any_split_of_the_epoch(framework, trainer_command, tmp_path):
+@pytest.mark.usefixtures("compiled_once")
+def test_dropout_repeats_with_the_seed_and_in_any_split_of_the_epoch(framework, trainer_command, tmp_path, monkeypatch):
     small = "--model.channels 2 3 --model.hidden-sizes 8 --epochs 2 --batch-size 60 --recipe cnn"
     flags = [*small.split(), *MADE_UP.split()]
-    for name, more in {
-        "whole": ["--quiet"],
-        "spans": ["--metrics.progress-every", "3"],
-        "other": ["--seed", "1"],
-    }.items():
-        assert trainer_command(*flags, *more, "--out", tmp_path / name, framework=framework).status == 0
+    for name, seed, steps in (("whole", 0, None), ("spans", 0, 3), ("other", 1, None)):
+        monkeypatch.setattr(session, "Pace", functools.partial(Pace, steps=steps))
+        command = [*flags, "--seed", seed, "--quiet", "--out", tmp_path / name]
+        assert trainer_command(*command, framework=framework).status == 0
     weights = {name: (tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "spans", "other")}
     assert weights["whole"] == weights["spans"] != weights["other"]
 

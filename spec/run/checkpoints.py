@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any
 
 from spec.errors import UserError
 from spec.files import write_atomic
-from spec.recipe import Recipe, to_mapping
 
 FOLDER, MANIFEST, HISTORY, METRICS = "checkpoints", "manifest.json", "history.json", "metrics.jsonl"
 FORMAT = 1
+UNTOLD = ("expected", "description", "name")  # of a recipe, what a run does not depend on
 DIGITS = 8  # of a step in a name, so that names sort as steps do
 
 
@@ -51,10 +51,14 @@ class Checkpoint:
         return (self.path / METRICS).read_bytes()
 
 
-def recipe_hash(recipe: Recipe) -> str:
-    """Return the sha256 of the resolved recipe, whatever it is expected to reach."""
-    mapping = {name: value for name, value in to_mapping(recipe).items() if name != "expected"}
-    return _sha256(_canonical(mapping))
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """Return the sha256 of a resolved recipe's mapping: of all that a run depends on."""
+    return _sha256(_canonical(told(recipe)))
+
+
+def told(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe's mapping that a run depends on."""
+    return {name: value for name, value in recipe.items() if name not in UNTOLD}
 
 
 def write(
@@ -86,9 +90,12 @@ def write(
     return place
 
 
-def verify(path: Path) -> Checkpoint:
-    """Return the checkpoint at `path`. Raises CheckpointError, naming the file, when one is not as it was written."""
+def verify(path: Path, *, recipes: Collection[str] | None = None) -> Checkpoint:
+    """Return the checkpoint at `path`. Raises CheckpointError, naming the file, when one is not as it was written, or
+    is of a run whose recipe has none of the given hashes."""
     manifest = _manifest(path)
+    if recipes is not None and manifest["recipe_sha256"] not in recipes:
+        raise CheckpointError(f"{path / MANIFEST} is of a run of another recipe")
     if _name(manifest["step"]) != path.name:
         raise CheckpointError(f"{path / MANIFEST} is of step {manifest['step']:,}, and its folder is not")
     for name, (size, sha256) in manifest["files"].items():
@@ -103,12 +110,14 @@ def verify(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
-def newest_good(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    """Return the last checkpoint of `folder` that is as it was written, and what is wrong with each that is newer."""
+def newest_good(
+    folder: Path, *, recipes: Collection[str] | None = None
+) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """Return the last checkpoint of `folder` that `verify` takes, and what is wrong with each that is newer."""
     mistakes = []
     for path in reversed(_paths(folder)):
         try:
-            return verify(path), mistakes
+            return verify(path, recipes=recipes), mistakes
         except CheckpointError as error:
             mistakes.append(error)
     return None, mistakes

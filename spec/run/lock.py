@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,8 +21,8 @@ LOCK, HOLDER = ".lock", ".lock.json"
 class RunLock:
     """The right to write a run directory: the operating system's lock on a file in it, gone when the process is.
 
-    `stale` says who had it before and ended without giving it back, killed perhaps; None if nobody did.
-    Raises RunDirectoryError, naming the holder, when another process has it.
+    As a context manager it gives the right back. `stale` says who had it before and ended without doing so, killed
+    perhaps; None if nobody did. Raises RunDirectoryError, naming the holder, when another process has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,17 +32,19 @@ class RunLock:
         holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_atomic(self._holder, json.dumps(holder | {"command": " ".join(sys.argv)}).encode())
 
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def release(self) -> None:
-        """Give the right back; the lock's files go first, nothing being written any more."""
-        self._holder.unlink(missing_ok=True)
-        (self._holder.parent / LOCK).unlink(missing_ok=True)
-        self._lock.release()
-
-
-def check_free(folder: Path) -> None:
-    """Raise RunDirectoryError, naming the holder, when a process is writing the run directory now."""
-    if (folder / LOCK).exists():
-        _acquire(folder).release()
+        """Give the right back, if it was not; the lock's files go first, nothing being written any more."""
+        if self._lock.is_locked:
+            with suppress(OSError):  # removed meanwhile, say
+                self._holder.unlink(missing_ok=True)
+                (self._holder.parent / LOCK).unlink(missing_ok=True)
+            self._lock.release()
 
 
 def _acquire(folder: Path) -> FileLock:

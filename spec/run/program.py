@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from spec.errors import UserError
 from spec.recipe import Recipe, to_mapping
 from spec.run import resume
 from spec.run.display import Display
+from spec.run.resume import Start
 from spec.run.run_directory import SUMMARY, RunDirectory
 from spec.run.saving import parse_interval
 from spec.run.session import Session
@@ -25,36 +27,51 @@ def run(flags: Flags, implementation: Implementation) -> Mapping:
 
     Raises Stopped, when a signal came, after saving what there is.
     """
-    recipe = flags.config
     check(flags)
     display = Display(quiet=flags.quiet)
     start = resume.plan(flags, implementation.framework)
-    for line in start.lines:
-        display.line(line)
-    if start.summary:
-        display.last_line(start.summary, start.out)
-        return start.summary
+    with start.held or contextlib.nullcontext():
+        for line in start.lines:
+            display.line(line)
+        if start.summary:
+            display.last_line(start.summary, start.out)
+            return start.summary
+        return _run(flags, implementation, start, display)
+
+
+def _run(flags: Flags, implementation: Implementation, start: Start, display: Display) -> dict:
+    recipe = flags.config
     device = implementation.select_device(flags.platform)
     trainer_of = implementation.prepare(recipe, device, skips=flags.on_nonfinite == "skip")
     dataset = implementation.load(recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
     made_by = origin(implementation, device)
+    for line in _notes(start, made_by):
+        display.line(line)
     display.line(f"{recipe.name}: {recipe.description}")
     with implementation.memory_explained():
         with display.waiting("compiling ..."):
             trainer = trainer_of(dataset)
         parameters = f"{params.num_parameters(trainer.leaves):,} parameters"
         display.line(f"{parameters}, {trainer.counts.steps:,} steps on {made_by['devices'][0]}")
-        out, overwrite = start.out, flags.overwrite and not start.resume
-        with RunDirectory(out, recipe.name, overwrite=overwrite, resume=start.resume) as directory:
-            if directory.stale:
-                display.line(f"{directory.path} was left by {directory.stale}, which is no more: taken over")
-            about = config(recipe, flags, made_by)
+        overwrite = flags.overwrite and not start.resume
+        with RunDirectory(
+            start.out, recipe.name, overwrite=overwrite, resume=start.resume, held=start.held
+        ) as directory:
+            about = config(recipe, flags, made_by) | {"went_on_from": start.went_on_from}
             session = Session(trainer, dataset, directory, display, flags, implementation, about)
             session.begin(start)
             summary = session.train() | made_by
             directory.write_json(SUMMARY, summary)
     display.last_line(summary, directory.path)
     return summary
+
+
+def _notes(start: Start, made_by: Mapping) -> Iterator[str]:
+    """Yield what a user should know of a run that others have worked at."""
+    if start.held and start.held.stale:
+        yield f"{start.out} was left by {start.held.stale}, which is no more: taken over"
+    if start.checkpoint and start.checkpoint.manifest["versions"] != made_by["versions"]:
+        yield "the checkpoint was made by other versions: last bits may part from those of an unbroken run"
 
 
 def check(flags: Flags) -> None:

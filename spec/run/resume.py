@@ -13,11 +13,11 @@ from spec.command_line import Flags
 from spec.errors import RunDirectoryError, UserError
 from spec.files import expanded
 from spec.recipe import to_mapping
-from spec.run import checkpoints, lock, run_directory
-from spec.run.checkpoints import Checkpoint
+from spec.run import checkpoints, run_directory
+from spec.run.checkpoints import Checkpoint, recipe_hash
+from spec.run.lock import RunLock
 from spec.run.run_directory import CONFIG, SUMMARY
 
-UNTOLD = ("expected", "description", "name")  # of a recipe, what a run does not depend on
 FIXED = ("data", "batch_size", "last_batch", "model", "precision")  # what a state or a position in an epoch depends on
 
 
@@ -26,84 +26,84 @@ class Start:
     """Where a run starts: in the directory `out` (None: a new one), which `resume`s or is new or to overwrite; from
     `checkpoint`, or without one from the first step. `summary` is that of a run that has nothing left to do.
 
-    `lines` say what a user should know of it.
+    `held` is the lock on a directory that is there already, `went_on_from` the hash of the recipe that the checkpoint
+    was made by, and `lines` say what a user should know.
     """
 
     out: Path | None
+    held: RunLock | None = None
     resume: bool = False
     checkpoint: Checkpoint | None = None
     summary: Mapping[str, Any] | None = None
+    went_on_from: str | None = None
     lines: list[str] = field(default_factory=list)
 
 
 def plan(flags: Flags, framework: str) -> Start:
     """Return where the run that the flags ask for starts. Raises UserError for what cannot be gone on with."""
-    if flags.resume not in ("auto", "never"):
-        return _from(expanded(Path(flags.resume)), flags, framework)
-    if flags.out is None:
+    named = flags.resume not in ("auto", "never")
+    source = expanded(Path(flags.resume)) if named else flags.out
+    run = run_directory.run_of(source) if named else source
+    if source is None:
         return Start(out=None)
-    if flags.overwrite or flags.resume == "never" or CONFIG not in run_directory.contents(flags.out):
+    in_place = run == source and flags.out in (None, run)
+    if named and in_place and flags.overwrite:
+        raise UserError(f"--resume {source} goes on with what --overwrite would replace; leave one of them out")
+    if named and not in_place and flags.out in (None, run):
+        raise UserError(f"--resume {source} goes back in {run}, which stays as it is; name a new directory with --out")
+    anew = not named and (flags.overwrite or flags.resume == "never" or CONFIG not in run_directory.contents(run))
+    if anew or not in_place:
         run_directory.check_usable(flags.out, overwrite=flags.overwrite)
-        if os.path.isdir(flags.out):
-            lock.check_free(flags.out)
-        return Start(out=flags.out)
-    return _go_on(flags.out, flags, framework)
+    out = flags.out or run
+    held = RunLock(out) if os.path.isdir(out) else None
+    try:
+        return Start(out=out, held=held) if anew else _go_on(run, source, out, held, flags, framework)
+    except BaseException:
+        if held:
+            held.release()
+        raise
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the fields by which two recipes' mappings differ, by their paths, with both values; None where there is
     none."""
-    before, after = (dict(_flat({key: of[key] for key in of if key not in UNTOLD})) for of in (old, new))
+    before, after = (dict(_flat(checkpoints.told(recipe))) for recipe in (old, new))
     names = dict.fromkeys((*before, *after))
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
-def _go_on(run: Path, flags: Flags, framework: str) -> Start:
-    """Return the start of a run that goes on in its own directory."""
-    lock.check_free(run)
+def _go_on(run: Path, source: Path, out: Path, held: RunLock | None, flags: Flags, framework: str) -> Start:
+    """Return the start, in `out`, of what goes on from a run, or from one of its checkpoints if that is the source."""
     config = _config(run)
     changed = _check(run, config, flags, framework)
     summary = _summary(run)
-    if summary is not None and not changed:
-        return Start(out=run, resume=True, summary=summary, lines=[f"{run} is finished; --overwrite does it again"])
-    found, mistakes = checkpoints.newest_good(run / checkpoints.FOLDER)
-    if found is None and summary is not None:
-        raise RunDirectoryError(f"{run} has no checkpoint to go on from; name another --out, or add --overwrite")
-    lines = [f"not used: {mistake}" for mistake in mistakes]
-    return Start(out=run, resume=True, checkpoint=found, lines=lines + _lines(found, run, config))
-
-
-def _from(path: Path, flags: Flags, framework: str) -> Start:
-    """Return the start of a run from that of `--resume PATH`, a run directory or one of its checkpoints."""
-    run = run_directory.run_of(path)
-    if run == path and flags.out in (None, run):
-        if flags.overwrite:
-            raise UserError(f"--resume {path} goes on with what --overwrite would replace; leave one of them out")
-        return _go_on(run, flags, framework)
-    if flags.out is None or flags.out == run:
-        raise UserError(f"--resume {path} goes back in {run}, which stays as it is; name a new directory with --out")
-    run_directory.check_usable(flags.out, overwrite=flags.overwrite)
-    config = _config(run)
-    _check(run, config, flags, framework)
-    if run != path:
-        found, mistakes = checkpoints.verify(path), []
+    if out == run and summary is not None and not changed:
+        lines = [f"{run} is finished; --overwrite does it again"]
+        return Start(out=run, held=held, resume=True, summary=summary, lines=lines)
+    recipes = None if flags.resume_with_changes else _recipes(config)
+    if source == run:
+        found, mistakes = checkpoints.newest_good(run / checkpoints.FOLDER, recipes=recipes)
     else:
-        found, mistakes = checkpoints.newest_good(run / checkpoints.FOLDER)
-    if found is None:
-        raise UserError(f"--resume {path}: there is no checkpoint to go on from" + "".join(f"; {m}" for m in mistakes))
+        found, mistakes = checkpoints.verify(source, recipes=recipes), []
+    if found is None and (mistakes or summary is not None or out != run):
+        listed = "".join(f"\n  {mistake}" for mistake in mistakes)
+        raise RunDirectoryError(f"{run} has no good checkpoint to go on from; name another --out{_few(listed)}")
     lines = [f"not used: {mistake}" for mistake in mistakes]
-    return Start(out=flags.out, checkpoint=found, lines=lines + _lines(found, run, config))
+    went_on_from = found.manifest["recipe_sha256"] if found else None
+    start = {"out": out, "held": held, "resume": out == run, "checkpoint": found, "went_on_from": went_on_from}
+    return Start(**start, lines=[*lines, _line(found, run)])
 
 
-def _lines(found: Checkpoint | None, run: Path, config: Mapping) -> list[str]:
+def _line(found: Checkpoint | None, run: Path) -> str:
     if found is None:
-        return [f"{run} has no checkpoint to go on from: it begins anew"]
+        return f"{run} has no checkpoint yet: it begins anew"
     position = found.history()["position"]
-    made_by = found.manifest["versions"]
-    lines = [f"going on from {found.path}, epoch {position['epoch']}, step {position['step']:,}"]
-    if made_by != config["versions"]:
-        lines.append("it was made by other versions: its last bits may part from those of an unbroken run")
-    return lines
+    return f"going on from {found.path}, epoch {position['epoch']}, step {position['step']:,}"
+
+
+def _recipes(config: Mapping[str, Any]) -> set[str]:
+    """Return the hashes of the recipes that a checkpoint of the run may be of: its own, and the one it went on from."""
+    return {recipe_hash(config["recipe"]), config.get("went_on_from")}
 
 
 def _check(run: Path, config: Mapping, flags: Flags, framework: str) -> dict[str, tuple[Any, Any]]:

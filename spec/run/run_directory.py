@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +70,19 @@ class RunDirectory:
 
     Without a path it claims `runs/<recipe>-<date>-<time>`, counted up until it is new. To `resume`, it goes on with the
     run that is there. To overwrite, it writes beside the old run, which is there until the new one is whole or has
-    `settle`d: a body that raises leaves the old run as it was. One process at a time writes a directory; `stale` tells
-    of one that ended without leaving it.
+    `settle`d: a body that raises leaves the old run as it was. One process at a time writes a directory: whoever has
+    the lock `held`, which is taken here unless it is given.
     """
 
-    def __init__(self, path: Path | None, recipe_name: str, *, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        recipe_name: str,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        held: RunLock | None = None,
+    ) -> None:
         if path and not resume:
             check_usable(path, overwrite=overwrite)
         self.path = path or claim(recipe_name)
@@ -83,8 +91,7 @@ class RunDirectory:
         self.folder = place.with_name(f".{place.name}.new") if replaces else place
         with self.explained():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = RunLock(self.path)
-            self.stale = self._lock.stale
+            self.held = held or RunLock(self.path)
             if replaces:
                 shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
             self.folder.mkdir(exist_ok=True)
@@ -97,8 +104,7 @@ class RunDirectory:
             self.settle()
         if self._replaces:
             shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # removed meanwhile, say
-            self._lock.release()
+        self.held.release()
 
     @property
     def _replaces(self) -> bool:

@@ -112,6 +112,10 @@ class Saver:
             saving.result()
         self.directory.settle()
 
+    def close(self) -> None:
+        """Let what is being written come to its end; nothing is raised."""
+        self._thread.shutdown()
+
     def _write(self, folder: Path, step: int, about: Mapping, files: Mapping[str, bytes], snapshot: Any) -> None:
         began = time.monotonic()
         checkpoints.write(folder, step=step, about=about, files=files, state=partial(self._write_state, snapshot))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -47,7 +48,7 @@ class Session:
             keep=flags.keep_checkpoints,
             about={
                 "framework": implementation.framework,
-                "recipe_sha256": checkpoints.recipe_hash(self.recipe),
+                "recipe_sha256": checkpoints.recipe_hash(config["recipe"]),
                 "versions": config["versions"],
             },
             write_state=implementation.write_state,
@@ -67,7 +68,7 @@ class Session:
 
     def train(self) -> dict:
         """Train to the end; write metrics, checkpoints and weights, and return the summary."""
-        with signals.deferred() as request:
+        with signals.deferred() as request, contextlib.closing(self.saver):
             pace = Pace(
                 rests=lambda position: self.saver.due(position, self.trainer.counts.steps_per_epoch),
                 boundary=self.saver.interval.steps,
@@ -131,11 +132,9 @@ class Session:
         self._save()
         self.saver.wait()
         epoch, step = self.history.position
-        saved = "nothing is saved" if self.saver.interval.never else f"saved in {self.directory.path}"
-        raise Stopped(
-            request.number,
-            f"stopped after epoch {epoch}, step {step:,}, {saved}; --resume {self.directory.path} goes on",
-        )
+        path = self.directory.path
+        saved = "nothing saved" if self.saver.interval.never else f"saved in {path}; --resume {path} goes on"
+        raise Stopped(request.number, f"stopped after epoch {epoch}, step {step:,}, {saved}")
 
 
 def _is_finite(state: Mapping[str, np.ndarray]) -> bool:
