@@ -102,7 +102,9 @@ def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def prepare(recipe: Recipe, device: jax.Device, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
         def trainer(dataset: Dataset) -> Trainer:
-            made = _programs(recipe, size_of(dataset), device, skips)
+            # No program depends on the number of epochs but by a schedule that runs to the last.
+            same = recipe if recipe.schedule.name == "cosine" else dataclasses.replace(recipe, epochs=1, expected=None)
+            made = _programs(same, size_of(dataset), device, skips)
             state = jax.device_put(jax.tree.map(np.array, made.state), device)
             return Trainer(recipe, dataset, device, programs=made._replace(state=state))
 
