@@ -18,6 +18,7 @@ from spec.errors import RunDirectoryError
 from spec.files import write_atomic
 from spec.run import checkpoints
 from spec.run.lock import HOLDER, LOCK, RunLock
+from spec.weights import to_safetensors
 
 CONFIG, METRICS, SUMMARY, WEIGHTS = "config.json", checkpoints.METRICS, "summary.json", "weights.safetensors"
 BATCH = "nonfinite.safetensors"
@@ -149,11 +150,8 @@ class RunDirectory:
             file.write(json.dumps({"event": event, **content}, allow_nan=False) + "\n")
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
-        """Write `arrays` as a safetensors file, each made contiguous first (a strided one is scrambled); return the
-        file's sha256."""
-        from safetensors.numpy import save
-
-        content = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+        """Write `arrays` as a safetensors file; return its sha256."""
+        content = to_safetensors(arrays)
         with self.explained():
             write_atomic(self.folder / name, content)
         return hashlib.sha256(content).hexdigest()
