@@ -34,7 +34,7 @@ from spec.run.display import Display
 from spec.run.history import EpochDone, Event, StepsDone
 from spec.run.program import config, origin
 from spec.run.recorder import DivergedError, Recorder, refuse_nonfinite
-from spec.run.run_directory import SUMMARY, WEIGHTS, RunDirectory
+from spec.run.run_directory import SUMMARY, RunDirectory
 from spec.sweep import ManyFlags, Setting, counted
 
 TABLE, CHART = "table.md", "chart.png"
@@ -210,7 +210,7 @@ def _finish(recorder: Recorder, state: Mapping, seconds: float, compile_seconds:
     The seconds are those of all the runs that were trained with it.
     """
     summary = recorder.summary(seconds, compile_seconds) | made_by
-    summary["weights_sha256"] = recorder.directory.write_arrays(WEIGHTS, state)
+    summary["weights_sha256"] = recorder.directory.write_weights(state)
     recorder.directory.write_json(SUMMARY, summary)
     return summary
 

@@ -24,6 +24,12 @@ class Numbers(NamedTuple):
     epsilon: Number
 
 
+class Updates(NamedTuple):
+    """How many updates were made; a step that is left out (S6) makes none."""
+
+    count: jax.Array
+
+
 def numbers_of(options: Optimizer) -> Numbers:
     """Return the numbers of a recipe's optimiser."""
     return Numbers(*(getattr(options, name) for name in Numbers._fields))
@@ -106,7 +112,9 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int, rate: Number = None) -> 
 def _dampen(dampening: Number) -> optax.GradientTransformation:
     """Scale every gradient but the first by 1 - dampening: torch's first buffer is undamped."""
 
-    def factor(step: jax.Array) -> jax.Array:
-        return jnp.where(step == 0, 1.0, 1.0 - dampening)
+    def update(grads: dict, state: Updates, params: dict | None = None) -> tuple[dict, Updates]:
+        factor = jnp.where(state.count == 0, 1.0, 1.0 - dampening)
+        damped = jax.tree.map(lambda grad: jnp.asarray(factor, grad.dtype) * grad, grads)
+        return damped, Updates(optax.safe_increment(state.count))
 
-    return optax.scale_by_schedule(factor)
+    return optax.GradientTransformation(lambda params: Updates(jnp.zeros((), jnp.int32)), update)

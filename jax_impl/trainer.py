@@ -13,7 +13,7 @@ import spec.run.trainer
 from jax_impl import checkpoint
 from jax_impl.background import in_background
 from jax_impl.compile_cache import keep_compiled_programs
-from jax_impl.convert import from_canonical, to_canonical
+from jax_impl.convert import from_canonical, optimizer_to_canonical, to_canonical
 from jax_impl.parallel import select_device
 from jax_impl.programs import compile_programs, precision_scope, stored_dtype
 from jax_impl.step import TrainState
@@ -67,6 +67,13 @@ class Trainer(Stepper, spec.run.trainer.Trainer):
         """Take over a state; it is copied, for the device's arrays are given to the steps to change."""
         with precision_scope(self.recipe.precision):
             self._state = jax.device_put(jax.tree.map(np.array, snapshot), self.device)
+
+    def named(self, snapshot: TrainState) -> dict[str, np.ndarray]:
+        """Return the arrays of a snapshot: the canonical state, then the optimiser's as `optimizer.NAME`."""
+        buffers = optimizer_to_canonical(snapshot.opt_state, self.leaves, 0)
+        del buffers["step"]  # a trainer keeps no count of its own
+        state = to_canonical(snapshot.params, snapshot.batch_stats, self.leaves)
+        return state | {f"optimizer.{name}": array for name, array in buffers.items()}
 
 
 def prepare(recipe: Recipe, device: jax.Device, *, skips: bool = False) -> Callable[[Dataset], Trainer]:

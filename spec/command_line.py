@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ class Flags:
     config: Annotated[Recipe, tyro.conf.arg(name="")]
 
 
+LASTING = ("checkpoint_every", "keep_checkpoints", "on_nonfinite", "data_source")  # flags that a run keeps
 F = TypeVar("F", bound=Flags)
 
 
@@ -76,9 +78,11 @@ def parse(arguments: Sequence[str], *, program: str, description: str, kind: typ
     scanner = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     scanner.add_argument("--recipe")
     scanner.add_argument("--resume", default="auto")
+    scanner.add_argument("--out")
+    scanner.add_argument("--overwrite", action="store_true")
     given = scanner.parse_known_args(arguments)[0]
     name = _recipe_of(given.resume) if given.recipe is None else given.recipe
-    default = kind(recipe=name, config=recipes.load(name))
+    default = kind(recipe=name, config=recipes.load(name), **_flags_of(given))
     flags = _parsed(kind, arguments, default=default, prog=program, description=description)
     checked = recipes.parse(recipes.to_mapping(flags.config), source=name)
     if replace(checked, seed=default.config.seed) != default.config:
@@ -92,6 +96,18 @@ def _recipe_of(resume: str) -> str:
     if resume in ("auto", "never"):
         return DEFAULT_RECIPE
     return str((run_of(expanded(Path(resume))) / CONFIG).absolute())
+
+
+def _flags_of(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of the run that is gone on with, for where they are not given."""
+    if given.overwrite or given.resume == "never" or (given.resume == "auto" and given.out is None):
+        return {}
+    run = expanded(Path(given.out)) if given.resume == "auto" else run_of(expanded(Path(given.resume)))
+    try:
+        flags = json.loads((run / CONFIG).read_text("utf-8"))["flags"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {name: flags[name] for name in LASTING if name in flags}
 
 
 def _parsed(kind: type[F], arguments: Sequence[str], **about: Any) -> F:

@@ -66,7 +66,8 @@ def deferred() -> Iterator[StopRequest]:
         if request.came():
             os._exit(128 + number)
         request.number = number
-        os.write(2, b"stopping; once more to leave at once\n")  # printing is not safe in a signal handler
+        line = b"\n" if os.isatty(2) else b""  # behind the ^C of a terminal
+        os.write(2, line + b"stopping; once more to leave at once\n")  # printing is not safe in a signal handler
 
     if threading.current_thread() is not threading.main_thread():
         yield request

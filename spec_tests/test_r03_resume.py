@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from spec.run import checkpoints, session
+import jax_impl.trainer
+import torch_ref.trainer
+from spec.run import checkpoints, saving, session
 from spec.run.checkpoints import Checkpoint
 from spec.run.history import EpochDone, Event, Position
 from spec.run.pace import Pace
 from spec.run.recorder import Recorder
 from spec_tests.conftest import FRAMEWORKS
 
+MODULES = {"jax": jax_impl.trainer, "torch": torch_ref.trainer}
 EPOCHS, STEPS_PER_EPOCH = 5, 8
 STOPS = EPOCHS * STEPS_PER_EPOCH
 # 38 of 48 images by batches of 5: seven full batches and one of three; BatchNorm, dropout, momentum and a schedule.
@@ -70,6 +76,11 @@ def lines(run: Path) -> list[dict]:
     return [{**json.loads(line), "seconds": None} for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def summary(run: Path) -> dict:
+    """Return the summary, but for the time it took."""
+    return {**json.loads((run / "summary.json").read_text()), "seconds": None, "compile_seconds": None}
+
+
 def last(run: Path) -> Checkpoint:
     found, mistakes = checkpoints.newest_good(run / "checkpoints")
     assert found
@@ -81,6 +92,7 @@ def assert_same_run(broken: Path, whole: Path, framework: str) -> None:
     """Assert equal weights, metrics, history, and all that the last checkpoint has of the state, bit for bit."""
     assert (broken / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
     assert lines(broken) == lines(whole)
+    assert summary(broken) == summary(whole)
     ours, theirs = last(broken), last(whole)
     assert ours.step == theirs.step == STOPS
     assert {**ours.history(), "seconds": 0} == {**theirs.history(), "seconds": 0}
@@ -137,6 +149,136 @@ def test_resume_with_the_name_of_a_run_alone_goes_on_with_it(
     assert "going on from run/checkpoints/00000005, epoch 1, step 5" in ended.out
     assert last(Path("run")).step == STOPS
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@both
+def test_a_run_that_is_given_more_epochs_is_no_longer_finished_while_it_trains(
+    framework, trainer_command, tmp_path, stops_after
+):
+    run = tmp_path / "run"
+    stops_after(0)
+    flags = [*FLAGS, "--keep-checkpoints", "100", "--checkpoint-every", "6", "--out", run]
+    assert trainer_command(*flags, "--epochs", 2, framework=framework).status == 0
+    kept = len(list((run / "checkpoints").iterdir()))
+    assert kept == len({6, 8, 12, 16})
+    fewer = trainer_command(*FLAGS, "--resume-with-changes", "--epochs", 1, "--out", run, framework=framework)
+    assert (fewer.status, fewer.err.count("\n")) == (2, 1)
+    assert f"--epochs 1 is less than the 2 that {run / 'checkpoints' / '00000016'} has done" in fewer.err
+    stops_after(19)
+    more = ["--resume", run, "--resume-with-changes", "--epochs", 4, "--quiet"]
+    assert trainer_command(*more, framework=framework).status == 143
+    assert not (run / "summary.json").exists()
+    assert not (run / "weights.safetensors").exists()
+    there = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert there == [6, 8, 12, 16, 18, 19]  # --keep-checkpoints and --checkpoint-every are the run's own
+    other = trainer_command(*FLAGS, "--resume-with-changes", "--epochs", 4, "--seed", 1, "--out", run)
+    assert other.status == 2
+
+
+class MoreImages(FewImages):
+    def __len__(self) -> int:
+        return 53
+
+
+class OtherImages(FewImages):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image, label = super().__getitem__(index)
+        return image + np.uint8(index == 3), label
+
+
+@both
+@pytest.mark.parametrize("changed", [MoreImages, OtherImages])
+def test_a_run_does_not_go_on_with_other_data_under_the_same_name(
+    changed, framework, trainer_command, tmp_path, stops_after, monkeypatch
+):
+    stops_after(3)
+    assert trainer_command(*FLAGS, "--out", tmp_path / "run", framework=framework).status == 143
+    monkeypatch.setattr(sys.modules[__name__], "FewImages", changed)
+    refused = trainer_command(*FLAGS, "--out", tmp_path / "run", framework=framework)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert f"the data are not those that {tmp_path / 'run' / 'checkpoints' / '00000003'} was trained on" in refused.err
+    assert last(tmp_path / "run").step == 3
+
+
+@both
+def test_the_last_ones_are_kept_and_the_best_and_a_stop_changes_no_score(
+    framework, trainer_command, tmp_path, stops_after, monkeypatch
+):
+    run, evaluate = tmp_path / "run", MODULES[framework].Trainer.evaluate
+    falling = {1: 2, 2: 5, 3: 4, 4: 3, 5: 1}  # right answers of ten, by epoch
+    told = iter(falling.values())
+
+    def evaluated(self, cancelled=lambda: False):
+        losses, predictions = evaluate(self, cancelled)
+        right = np.arange(len(predictions)) < next(told)
+        return losses, np.where(right, self.test_labels, 1 - self.test_labels)
+
+    monkeypatch.setattr(MODULES[framework].Trainer, "evaluate", evaluated)
+    flags = [*FLAGS, "--keep-checkpoints", "2", "--checkpoint-every", "epoch", "--out", run]
+    stops_after(0)
+    assert trainer_command(*flags, framework=framework).status == 0
+    there = {int(path.name): checkpoints.verify(path).manifest["score"] for path in (run / "checkpoints").iterdir()}
+    assert there == {16: 0.5, 32: 0.3, 40: 0.1}
+
+
+@both
+def test_a_checkpoint_that_was_being_replaced_when_the_process_was_killed_is_put_back(
+    framework, trainer_command, tmp_path, stops_after
+):
+    run = tmp_path / "run"
+    stops_after(STEPS_PER_EPOCH)
+    assert trainer_command(*FLAGS, "--out", run, framework=framework).status == 143
+    (run / "checkpoints" / "00000008").rename(run / "checkpoints" / ".00000008.old")
+    (run / "checkpoints" / ".00000008.new").mkdir()
+    stops_after(STEPS_PER_EPOCH + 1)
+    ended = trainer_command(*[flag for flag in FLAGS if flag != "--quiet"], "--out", run, framework=framework)
+    assert ended.status == 143, ended.err
+    assert f"going on from {run / 'checkpoints' / '00000008'}, epoch 1, step 8" in ended.out
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["00000008", "00000009"]
+
+
+def test_time_alone_brings_a_checkpoint_in_the_middle_of_an_epoch(trainer_command, tmp_path, stops_after, monkeypatch):
+    run, now = tmp_path / "run", itertools.count()
+    stops_after(0)
+    monkeypatch.setattr(session, "Pace", functools.partial(Pace, steps=1))
+    monkeypatch.setattr(saving.time, "monotonic", lambda: float(next(now)))  # a second each time one looks
+    flags = [*FLAGS, "--epochs", "1", "--keep-checkpoints", "100", "--checkpoint-every", "3s", "--out", run]
+    assert trainer_command(*flags).status == 0
+    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert steps[-1] == STEPS_PER_EPOCH
+    assert [step for step in steps if step < STEPS_PER_EPOCH]
+
+
+@pytest.mark.parametrize("killed_at", range(8))
+def test_a_kill_while_a_run_takes_anothers_place_leaves_nothing_that_lies(
+    killed_at, trainer_command, tmp_path, stops_after, monkeypatch
+):
+    run, rename, calls = tmp_path / "run", Path.rename, itertools.count()
+    stops_after(0)
+    few = [*FLAGS, "--epochs", "1", "--out", run]
+    assert trainer_command(*few).status == 0
+
+    def killed(self: Path, target: Path) -> Path:
+        settling = Path(target).parent == run or self.parent == run
+        if settling and not self.name.startswith(".") and next(calls) == killed_at:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        ended = trainer_command(*few, "--seed", 3, "--overwrite")
+    assert ended.status in (0, 130)
+    again = trainer_command(*few, "--seed", 3, "--resume-with-changes" if killed_at < 0 else "--quiet")
+    if again.status == 0:  # then it is the new run
+        config = json.loads((run / "config.json").read_text())
+        assert config["recipe"]["seed"] == json.loads((run / "summary.json").read_text())["seed"] == 3
+        whole = tmp_path / "whole"
+        assert trainer_command(*few[:-1], whole, "--seed", 3).status == 0
+        assert (run / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
+    else:
+        assert "is finished" not in again.out
 
 
 @pytest.mark.parametrize(

@@ -48,11 +48,18 @@ def manifest_writer(monkeypatch, framework: str, number: int) -> None:
 
 
 def syncing(monkeypatch, framework: str, number: int) -> None:
-    monkeypatch.setattr(checkpoints, "_sync", fails_the_third_time(lambda path: None, number))
+    written = checkpoints.write
+
+    def unsynced(folder: Path, *, step: int, **more: object) -> Path:
+        if step > 90:
+            monkeypatch.setattr(checkpoints, "_sync", fails_the_third_time(lambda path: None, number))
+        return written(folder, step=step, **more)
+
+    monkeypatch.setattr(checkpoints, "write", unsynced)
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("refuse", [state_writer, manifest_writer])
+@pytest.mark.parametrize("refuse", [state_writer, manifest_writer, syncing])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_save_that_the_disk_refuses_ends_the_run_and_leaves_the_last_good_checkpoint(
     framework, refuse, error, trainer_command, tmp_path, monkeypatch, counted

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from safetensors.numpy import load_file
 
 from spec import oracle, params, recipe
 from spec.batches import epoch_order
-from spec.run import checkpoints
+from spec.run import checkpoints, faults
 from spec_tests.assertions import assert_within
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.tolerances import run_bound
@@ -61,9 +63,11 @@ class Features:
 class OneOverflows(Features):
     """One example is so large that its logits overflow float32."""
 
+    index = BAD
+
     def spoil(self) -> None:
         signs = np.sign(initial_state()["linear1.weight"][0])
-        self.inputs[BAD] = signs * np.finfo(np.float32).max
+        self.inputs[self.index] = signs * np.finfo(np.float32).max
 
 
 class EveryUpdateOverflows(Features):
@@ -157,7 +161,7 @@ def test_steps_that_are_skipped_change_nothing_and_count_in_no_mean(framework, t
     bound = run_bound(leaves, BATCH * FEATURES, steps, np.float32)
     assert_within(found, wanted, bound=bound, item=framework, relative_to_layer=True)
     epochs = lines(run, "epoch")
-    assert [epoch["skipped_steps"] for epoch in epochs] == [1] * EPOCHS
+    assert [epoch["nonfinite_steps"] for epoch in epochs] == [1] * EPOCHS
     means = {str(epoch["epoch"]): np.array(epoch["train_loss"], np.float32) for epoch in epochs}
     assert_within(means, losses, bound=bound, item="train_loss", relative_to_layer=True)
     skipped = [line["step"] for line in lines(run, "progress") if line["batch_loss"] is None]
@@ -196,7 +200,7 @@ def test_where_every_step_is_skipped_the_initial_state_stays_bit_for_bit(framewo
         name: array.tobytes() for name, array in initial.items()
     }
     assert {epoch["train_loss"] for epoch in lines(run, "epoch")} == {None}
-    assert {epoch["skipped_steps"] for epoch in lines(run, "epoch")} == {STEPS_PER_EPOCH}
+    assert {epoch["nonfinite_steps"] for epoch in lines(run, "epoch")} == {STEPS_PER_EPOCH}
     counted("R10 runs with numbers that are not finite", 1)
 
 
@@ -243,3 +247,83 @@ def test_no_finite_run_is_changed_by_watching_for_what_is_not(framework, trainer
         assert trainer_command(*FLAGS, *more, framework=framework).status == 0
         weights[way] = (tmp_path / way / "weights.safetensors").read_bytes()
     assert len(set(weights.values())) == 1
+
+
+RULES = {
+    "momentum": "--momentum 0.9",
+    "dampening": "--momentum 0.9 --optimizer.dampening 0.5",
+    "adam": "--optimizer.name adam --momentum None --optimizer.dampening None --optimizer.nesterov None "
+    "--optimizer.betas 0.9 0.999 --optimizer.epsilon 1e-8",
+    "a schedule": "--momentum 0.9 --schedule.name step --schedule.step-epochs 1 --schedule.gamma 0.5",
+    "batchnorm": "--momentum 0.9 --model.input-batchnorm True",
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["a later step", "the first step"])
+@pytest.mark.parametrize("rule", RULES)
+def test_both_frameworks_skip_the_same_and_keep_the_optimiser_and_statistics_as_they_were(
+    rule, first, trainer_command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(OneOverflows, "index", ORDERS[0][0 if first else 2 * BATCH])
+    found = {}
+    for framework in FRAMEWORKS:
+        run = tmp_path / framework
+        more = [*RULES[rule].split(), "--on-nonfinite", "skip"]
+        data = ["--data.path", f"{HERE}:OneOverflows", "--out", str(run)]
+        ended = trainer_command(*FLAGS, *data, *more, framework=framework)
+        assert ended.status == 0, ended.err
+        assert [epoch["nonfinite_steps"] for epoch in lines(run, "epoch")] == [1] * EPOCHS
+        found[framework] = load_file(run / "weights.safetensors")
+        assert checkpoints.newest_good(run / "checkpoints")[0].step == EPOCHS * STEPS_PER_EPOCH
+    leaves = params.leaves(recipe.load("softmax-regression").model, (FEATURES,), 2)
+    bound = run_bound(leaves, BATCH * FEATURES, EPOCHS * STEPS_PER_EPOCH, np.float32)
+    assert_within(found["jax"], found["torch"], bound=bound, item=rule, relative_to_layer=True)
+
+
+class SquaresOverflow(Features):
+    """Logits, losses and gradients are finite in float32, and Adam's squares of the gradients are not."""
+
+    def spoil(self) -> None:
+        self.inputs *= np.float32(1e25)
+
+
+@both
+@pytest.mark.parametrize("way", ["stop", "ignore"])
+def test_an_optimiser_that_is_not_finite_is_seen_though_its_network_is(way, framework, trainer_command, tmp_path):
+    run = tmp_path / "run"
+    more = [*RULES["adam"].split(), "--on-nonfinite", way, "--data.path", f"{HERE}:SquaresOverflow", "--out", str(run)]
+    ended = trainer_command(*FLAGS, *more, framework=framework)
+    assert ended.status == (2 if way == "stop" else 0), ended.err
+    assert checkpoints.newest_good(run / "checkpoints") == (None, [])
+    assert not (run / "weights.safetensors").exists()
+    if way == "stop":
+        assert "error: epoch 1, step 0: optimizer.exp_avg_sq.linear1.weight is no longer finite after it" in ended.err
+
+
+@both
+def test_a_dump_outlives_a_run_that_was_to_replace_another(framework, trainer_command, tmp_path):
+    run = tmp_path / "run"
+    good = ["--data.path", f"{HERE}:Features", "--out", str(run)]
+    assert trainer_command(*FLAGS, *good, framework=framework).status == 0
+    before = (run / "weights.safetensors").read_bytes()
+    ended = trainer_command(*flags(OneOverflows, run), "--overwrite", "--dump-nonfinite", framework=framework)
+    assert ended.status == 2
+    assert f"its batch and the state before it are in {run / 'nonfinite.safetensors'}" in ended.err
+    assert (run / "nonfinite.safetensors").is_file()
+    assert (run / "weights.safetensors").read_bytes() == before
+    refused = trainer_command(*flags(OneOverflows, run, on_nonfinite="skip"), "--dump-nonfinite", framework=framework)
+    assert "--dump-nonfinite is for the step that a run stops at; leave out it or --on-nonfinite skip" in refused.err
+
+
+@both
+def test_a_signal_is_heard_while_the_faulty_step_is_looked_for(framework, trainer_command, tmp_path, monkeypatch):
+    find = faults.find
+
+    def told_to_stop(*arguments: object) -> faults.Fault:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return find(*arguments)
+
+    monkeypatch.setattr(faults, "find", told_to_stop)
+    ended = trainer_command(*flags(OneOverflows, tmp_path / "run"), framework=framework)
+    assert ended.status == 143
+    assert "stopped while looking for the step of epoch 1 after which a number is not finite" in ended.err

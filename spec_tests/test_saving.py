@@ -57,7 +57,7 @@ def saver_of(tmp_path):
     with RunDirectory(tmp_path / "run", "digits") as directory:
         directory.begin({})
         yield lambda text: Saver(
-            directory, parse_interval(text), keep=2, about={}, write_state=lambda snapshot, folder: None
+            directory, parse_interval(text), keep=2, about=dict, write_state=lambda snapshot, folder: None
         )
 
 
@@ -158,6 +158,9 @@ class Counting(Trainer):
 
     def restore(self, snapshot):
         return None
+
+    def named(self, snapshot):
+        return {}
 
 
 def test_a_call_is_on_its_way_before_the_last_ones_figures_are_read_and_none_at_an_epochs_end():

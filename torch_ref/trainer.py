@@ -90,6 +90,10 @@ class Trainer(spec.run.trainer.Trainer):
         for _ in range(self.steps // self.counts.steps_per_epoch):
             self._end_epoch()
 
+    def named(self, snapshot: Snapshot) -> Snapshot:
+        """Return the arrays of a snapshot: the canonical state, then the optimiser's as `optimizer.NAME`."""
+        return snapshot
+
     def _train(self, epoch: int, start: int, stop: int) -> StepsDone:
         order = epoch_order(self.recipe.seed, epoch, self.counts.num_examples)
         metrics = []

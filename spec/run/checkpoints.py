@@ -80,10 +80,12 @@ def write(
         write_atomic(new / MANIFEST, _canonical(manifest | {"sha256": _sha256(_canonical(manifest))}))
         for path in (*new.rglob("*"), new):
             _sync(path)
+        old = folder / f".{place.name}.old"
         if place.exists():
-            _remove(place)
+            place.rename(old)
         new.rename(place)
         _sync(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -95,7 +97,9 @@ def verify(path: Path, *, recipes: Collection[str] | None = None) -> Checkpoint:
     is of a run whose recipe has none of the given hashes."""
     manifest = _manifest(path)
     if recipes is not None and manifest["recipe_sha256"] not in recipes:
-        raise CheckpointError(f"{path / MANIFEST} is of a run of another recipe")
+        raise CheckpointError(
+            f"{path / MANIFEST} is of a run of another recipe than config.json's; --resume-with-changes goes on with it"
+        )
     if _name(manifest["step"]) != path.name:
         raise CheckpointError(f"{path / MANIFEST} is of step {manifest['step']:,}, and its folder is not")
     for name, (size, sha256) in manifest["files"].items():
@@ -121,6 +125,14 @@ def newest_good(
         except CheckpointError as error:
             mistakes.append(error)
     return None, mistakes
+
+
+def recover(folder: Path) -> None:
+    """Put back the checkpoints that were being replaced by others of their step when the process was killed."""
+    for old in folder.glob(".*.old") if folder.is_dir() else ():
+        place = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not place.exists():
+            old.rename(place)
 
 
 def clean(folder: Path, *, upto: int) -> None:
@@ -176,10 +188,10 @@ def _score(path: Path) -> float | None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint: first its name, so that no half of one is ever seen."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _describe(path: Path) -> tuple[int, str]:

@@ -74,10 +74,10 @@ class Display:
             if figures["test_accuracy"] is None
             else f"  test loss {_shown(figures['test_loss'])} accuracy {figures['test_accuracy']:.4f}"
         )
-        skipped = f"  {figures['skipped_steps']:,} steps skipped" if figures["skipped_steps"] else ""
+        bad = f"  {figures['nonfinite_steps']:,} steps not finite" if figures["nonfinite_steps"] else ""
         self.line(
             f"epoch {figures['epoch']}/{self.epochs} done in {figures['seconds']:.2f} s  "
-            f"train loss {_shown(figures['train_loss'])} accuracy {_shown(figures['train_accuracy'])}{tested}{skipped}"
+            f"train loss {_shown(figures['train_loss'])} accuracy {_shown(figures['train_accuracy'])}{tested}{bad}"
         )
 
     def result(self, text: str) -> None:

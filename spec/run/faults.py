@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +12,8 @@ from spec.batches import epoch_order
 from spec.datasets import Dataset
 from spec.recipe import Recipe
 from spec.run.history import Position, StepsDone
-from spec.run.trainer import Trainer
+from spec.run.pace import Pace
+from spec.run.trainer import Cancelled, Trainer
 
 
 class Fault(NamedTuple):
@@ -34,14 +37,25 @@ def is_sound(done: StepsDone) -> bool:
     return done.finite and bool(np.isfinite(done.losses).all())
 
 
-def find(trainer: Trainer, snapshot: Any, good: Position, bad: Position) -> Fault:
+def find(trainer: Trainer, snapshot: Any, good: Position, bad: Position, pace: Pace) -> Fault:
     """Return the first fault between two positions of an epoch, the trainer sound at `good` with that `snapshot`, and
     no longer at `bad`.
 
-    The steps are done again, half of what is left at a time: looking for a fault costs nothing until there is one.
-    Leaves the trainer as it is after the faulty step.
+    The steps are done again, a call of the pace's length at a time, then half of what is left of the faulty call:
+    looking for a fault costs nothing until there is one. Leaves the trainer as it is after the faulty step. Raises
+    Cancelled once the pace is told to stop.
     """
-    low, high = good.step, bad.step
+    low, high = good.step, good.step
+    trainer.restore(snapshot)
+    while high < bad.step:
+        if pace.stopped():
+            raise Cancelled
+        high = pace.stop(Position(bad.epoch, low), steps_per_epoch=bad.step)
+        began = time.perf_counter()
+        if not is_sound(trainer.launch(bad.epoch, low, high)()):
+            break
+        pace.took(high - low, time.perf_counter() - began)
+        low, snapshot = high, trainer.snapshot()
     while high - low > 1:
         middle = (low + high) // 2
         trainer.restore(snapshot)
@@ -51,7 +65,8 @@ def find(trainer: Trainer, snapshot: Any, good: Position, bad: Position) -> Faul
             high = middle
     trainer.restore(snapshot)
     done = trainer.launch(bad.epoch, low, high)()
-    return Fault(bad.epoch, low, float(done.losses[0]), _first_bad(trainer.state()), snapshot)
+    leaf = _first_bad(trainer.named(trainer.snapshot()))
+    return Fault(bad.epoch, low, float(done.losses[0]), leaf, snapshot)
 
 
 def batch(recipe: Recipe, dataset: Dataset, fault: Fault) -> dict[str, np.ndarray]:
@@ -67,5 +82,5 @@ def batch(recipe: Recipe, dataset: Dataset, fault: Fault) -> dict[str, np.ndarra
     }
 
 
-def _first_bad(state: dict[str, np.ndarray]) -> str | None:
+def _first_bad(state: Mapping[str, np.ndarray]) -> str | None:
     return next((name for name, array in state.items() if not np.isfinite(array).all()), None)

@@ -116,7 +116,7 @@ class History:
             "test_loss": _finite(event.test_losses.mean(dtype=np.float64)) if tested else None,
             "test_accuracy": float(event.test_correct.mean(dtype=np.float64)) if tested else None,
             "lesson_metrics": {name: self._lesson_metric(name, event) for name in self.metrics.lesson},
-            "skipped_steps": int((~judged).sum()),
+            "nonfinite_steps": int((~judged).sum()),
         }
         self.position, self.seconds = Position(event.epoch + 1, 0), 0.0
         return figures

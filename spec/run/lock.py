@@ -27,10 +27,21 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self._holder = folder / HOLDER
-        self._lock = _acquire(folder)
-        self.stale = _describe(self._holder) if self._holder.exists() else None
-        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_atomic(self._holder, json.dumps(holder | {"command": " ".join(sys.argv)}).encode())
+        self._lock = FileLock(folder / LOCK, timeout=0)
+        try:
+            self._lock.acquire()
+            self.stale = _describe(self._holder) if self._holder.exists() else None
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            write_atomic(self._holder, json.dumps(holder | {"command": " ".join(sys.argv)}).encode())
+        except Timeout:
+            raise RunDirectoryError(
+                f"{folder} is being written by {_describe(self._holder)}; wait until it is done, or name another --out"
+            ) from None
+        except OSError as error:
+            self.release()
+            raise RunDirectoryError(
+                f"the run directory {folder} cannot be written: {error}; name another --out"
+            ) from None
 
     def __enter__(self) -> RunLock:
         return self
@@ -45,17 +56,6 @@ class RunLock:
                 self._holder.unlink(missing_ok=True)
                 (self._holder.parent / LOCK).unlink(missing_ok=True)
             self._lock.release()
-
-
-def _acquire(folder: Path) -> FileLock:
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunDirectoryError(
-            f"{folder} is being written by {_describe(folder / HOLDER)}; wait until it is done, or name another --out"
-        ) from None
-    return lock
 
 
 def _describe(holder: Path) -> str:

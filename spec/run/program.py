@@ -77,6 +77,10 @@ def _notes(start: Start, made_by: Mapping) -> Iterator[str]:
 def check(flags: Flags) -> None:
     """Raise UserError for flags that cannot be followed."""
     parse_interval(flags.checkpoint_every)
+    if flags.dump_nonfinite and flags.on_nonfinite != "stop":
+        raise UserError(
+            f"--dump-nonfinite is for the step that a run stops at; leave out it or --on-nonfinite {flags.on_nonfinite}"
+        )
     if flags.keep_checkpoints < 1:
         raise UserError(f"--keep-checkpoints {flags.keep_checkpoints} keeps none; use 1 at least")
 

@@ -18,7 +18,8 @@ from spec.run.checkpoints import Checkpoint, recipe_hash
 from spec.run.lock import RunLock
 from spec.run.run_directory import CONFIG, SUMMARY
 
-FIXED = ("data", "batch_size", "last_batch", "model", "precision")  # what a state or a position in an epoch depends on
+# What a state or a place in an epoch depends on.
+FIXED = ("seed", "data", "batch_size", "last_batch", "model", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ def _go_on(run: Path, source: Path, out: Path, held: RunLock | None, flags: Flag
         lines = [f"{run} is finished; --overwrite does it again"]
         return Start(out=run, held=held, resume=True, summary=summary, lines=lines)
     recipes = None if flags.resume_with_changes else _recipes(config)
+    if out == run:
+        checkpoints.recover(run / checkpoints.FOLDER)
     if source == run:
         found, mistakes = checkpoints.newest_good(run / checkpoints.FOLDER, recipes=recipes)
     else:
@@ -137,7 +140,11 @@ def _config(run: Path) -> dict[str, Any]:
     try:
         config = json.loads((run / CONFIG).read_text("utf-8"))
         return {name: config[name] for name in ("recipe", "framework", "versions")} | config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise RunDirectoryError(
+            f"{run / CONFIG} has no {error.args[0]!r}: no trainer made it, so it has no checkpoint; name another --out"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{run / CONFIG} cannot be read: {error}; name another --out") from None
 
 

@@ -23,6 +23,7 @@ from spec.weights import to_safetensors
 CONFIG, METRICS, SUMMARY, WEIGHTS = "config.json", checkpoints.METRICS, "summary.json", "weights.safetensors"
 BATCH = "nonfinite.safetensors"
 OUTCOME = (SUMMARY, WEIGHTS)  # of a finished run alone
+ASIDE = ".checkpoints.old"  # those of a run that is being replaced
 CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, checkpoints.FOLDER)
 
 
@@ -59,11 +60,11 @@ def run_of(path: Path) -> Path:
 
 
 def contents(path: Path) -> list[str]:
-    """Return the names of what is in a directory, sorted, the lock's left out; none if there is no directory.
+    """Return the names of what is in a directory, sorted, our hidden ones left out; none if there is no directory.
 
     Raises RunDirectoryError when it cannot be read.
     """
-    return sorted(item.name for item in _listing(path) if item.name not in (LOCK, HOLDER))
+    return sorted(item.name for item in _listing(path) if item.name not in (LOCK, HOLDER, ASIDE))
 
 
 class RunDirectory:
@@ -93,8 +94,8 @@ class RunDirectory:
         with self.explained():
             self.path.mkdir(parents=True, exist_ok=True)
             self.held = held or RunLock(self.path)
-            if replaces:
-                shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
+            # What a run left that was killed before it took the old one's place.
+            shutil.rmtree(place.with_name(f".{place.name}.new"), ignore_errors=True)
             self.folder.mkdir(exist_ok=True)
 
     def __enter__(self) -> RunDirectory:
@@ -112,16 +113,24 @@ class RunDirectory:
         return self.folder != self.path.absolute()
 
     def settle(self) -> None:
-        """Put the new run in the place of the one that it replaces, if it does."""
+        """Put the new run in the place of the one that it replaces, if it does. `config.json` comes last: whenever this
+        is cut short, no run is there that calls itself finished, and none has another's checkpoints under its name."""
         if not self._replaces:
             return
+        aside = self.path / ASIDE
         with self.explained():
-            for name in CONTENT:
-                old, new = self.path / name, self.folder / name
-                if new.exists() or old.exists():
-                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            for name in OUTCOME:
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            if (self.path / checkpoints.FOLDER).exists():
+                (self.path / checkpoints.FOLDER).rename(aside)
+            for name in (checkpoints.FOLDER, BATCH, METRICS, *OUTCOME, CONFIG):
+                new = self.folder / name
                 if new.exists():
-                    new.replace(old)
+                    new.replace(self.path / name)
+                else:
+                    (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder = self.path.absolute()
 
@@ -149,12 +158,19 @@ class RunDirectory:
         with self.explained(), (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **content}, allow_nan=False) + "\n")
 
-    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
-        """Write `arrays` as a safetensors file; return its sha256."""
-        content = to_safetensors(arrays)
+    def write_weights(self, state: Mapping[str, np.ndarray]) -> str:
+        """Write the canonical state as safetensors; return the file's sha256."""
+        content = to_safetensors(state)
         with self.explained():
-            write_atomic(self.folder / name, content)
+            write_atomic(self.folder / WEIGHTS, content)
         return hashlib.sha256(content).hexdigest()
+
+    def write_batch(self, arrays: Mapping[str, np.ndarray]) -> Path:
+        """Write a batch that spoiled a run, and what belongs to it, as safetensors; return the file, which stays though
+        the run does not."""
+        with self.explained():
+            write_atomic(self.path / BATCH, to_safetensors(arrays))
+        return self.path / BATCH
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -60,6 +60,11 @@ def read(path: Path) -> Run:
     summary = _read_json(path / SUMMARY) if os.path.exists(path / SUMMARY) else None
     made_by = config.get("framework") if config.get("framework") in TRAINERS else None
     file = path / WEIGHTS
+    if not os.path.exists(file) and summary is not None:
+        raise RunDirectoryError(
+            f"{path} is finished and has no weights.safetensors: its numbers were not finite, or the file was removed; "
+            "train it again"
+        )
     if not os.path.exists(file):
         raise RunDirectoryError(
             f"{path} has no weights.safetensors: the run is not finished; `{python_command()} -m "

@@ -53,8 +53,9 @@ def parse_interval(text: str) -> Interval:
 class Saver:
     """Writes the checkpoints of a run into `directory`, one at a time, in a thread of its own.
 
-    `about` is what every manifest says; `write_state` writes what a trainer's `snapshot` gave into a folder; the last
-    `keep` checkpoints stay, and the best. What goes wrong is raised by the next call, as a RunDirectoryError.
+    `about` returns what every manifest says, and `write_state` writes what a trainer's `snapshot` gave into a folder.
+    The last `keep` checkpoints stay, and the best; `saved` is the position of the last. What goes wrong is raised by
+    the next call, as a RunDirectoryError.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class Saver:
         interval: Interval,
         *,
         keep: int,
-        about: Mapping[str, Any],
+        about: Callable[[], Mapping[str, Any]],
         write_state: Callable[[Any, Path], None],
     ) -> None:
         self.directory, self.interval = directory, interval
         self._keep, self._about, self._write_state = keep, about, write_state
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self._saving: Future | None = None
-        self._saved: Position | None = None
+        self.saved: Position | None = None
         self._began = time.monotonic()
         self._seconds = SECONDS_OF_A_SAVE
 
@@ -91,17 +92,16 @@ class Saver:
 
     def save(self, snapshot: Any, history: History, *, score: float | None) -> None:
         """Have a checkpoint written of what `snapshot` and `history` hold now, once the last one is."""
-        if self.interval.never or self._saved == history.position:
+        if self.interval.never or self.saved == history.position:
             return
         self.wait()
-        self._began, self._saved = time.monotonic(), history.position
+        self._began, self.saved = time.monotonic(), history.position
         files = {
             checkpoints.HISTORY: json.dumps(history.to_mapping(), allow_nan=False).encode(),
             checkpoints.METRICS: self.directory.metrics(),
         }
         folder, step = self.directory.folder / checkpoints.FOLDER, history.step
-        about = {**self._about, "score": score}
-        self._saving = self._thread.submit(self._write, folder, step, about, files, snapshot)
+        self._saving = self._thread.submit(self._write, folder, step, score, files, snapshot)
 
     def wait(self) -> None:
         """Return when nothing is being written; a run that replaces another one takes its place now."""
@@ -116,8 +116,9 @@ class Saver:
         """Let what is being written come to its end; nothing is raised."""
         self._thread.shutdown()
 
-    def _write(self, folder: Path, step: int, about: Mapping, files: Mapping[str, bytes], snapshot: Any) -> None:
+    def _write(self, folder: Path, step: int, score: float | None, files: Mapping[str, bytes], snapshot: Any) -> None:
         began = time.monotonic()
+        about = {**self._about(), "score": score}
         checkpoints.write(folder, step=step, about=about, files=files, state=partial(self._write_state, snapshot))
         checkpoints.prune(folder, keep=self._keep)
         self._seconds = time.monotonic() - began

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,15 +14,16 @@ from spec.command_line import Flags
 from spec.datasets import Dataset
 from spec.errors import UserError
 from spec.run import checkpoints, faults
+from spec.run.checkpoints import Checkpoint
 from spec.run.display import Display
-from spec.run.history import EpochDone, Event, Position, StepsDone
+from spec.run.history import START, EpochDone, Event, Position, StepsDone
 from spec.run.pace import Pace
 from spec.run.recorder import DivergedError, Recorder, mend, refuse_nonfinite
 from spec.run.resume import Start
-from spec.run.run_directory import BATCH, WEIGHTS, RunDirectory
+from spec.run.run_directory import RunDirectory
 from spec.run.saving import Saver, parse_interval
-from spec.run.trainer import Implementation, Trainer
-from spec.signals import Stopped, StopRequest
+from spec.run.trainer import Cancelled, Implementation, Trainer
+from spec.signals import Stopped
 
 
 class Session:
@@ -39,6 +42,7 @@ class Session:
         self.trainer, self.dataset, self.directory, self.display = trainer, dataset, directory, display
         self.recipe, self.flags, self.config = trainer.recipe, flags, config
         self.read_state = implementation.read_state
+        self.finite = True  # every number of the state, as far as the last event says
         diverging = flags.on_nonfinite != "stop"
         self.recorder = Recorder(self.recipe, trainer.counts, directory, display, diverging=diverging)
         self.history = self.recorder.history
@@ -46,29 +50,58 @@ class Session:
             directory,
             parse_interval(flags.checkpoint_every),
             keep=flags.keep_checkpoints,
-            about={
+            about=lambda: {
                 "framework": implementation.framework,
                 "recipe_sha256": checkpoints.recipe_hash(config["recipe"]),
+                "data_sha256": self.data_sha256,
                 "versions": config["versions"],
             },
             write_state=implementation.write_state,
         )
 
+    @functools.cached_property
+    def data_sha256(self) -> str:
+        """Return the sha256 of the data set: inputs and labels of both splits."""
+        whole = hashlib.sha256()
+        for split in filter(None, (self.dataset.train, self.dataset.test)):
+            for array in split:
+                whole.update(f"{array.dtype}{array.shape}".encode())
+                whole.update(np.ascontiguousarray(array).data)
+        return whole.hexdigest()
+
     def begin(self, start: Start) -> None:
-        """Put trainer, recorder and directory where the run starts."""
+        """Put trainer, recorder and directory where the run starts. Raises UserError when it does not fit there."""
         found, folder = start.checkpoint, self.directory.folder / checkpoints.FOLDER
         if found:
+            checkpoints.verify(found.path)  # once more: a run that goes on elsewhere may have removed it meanwhile
+            self._check_fits(found)
             self.trainer.restore(self.read_state(self.trainer, found.path))
             self.recorder.go_on(found.history(), found.metrics())
-            if self.history.position.step > self.trainer.counts.steps_per_epoch:
-                raise UserError(f"{found.path} is at step {self.history.position.step} of a longer epoch")
+            self.saver.saved = self.history.position if start.resume else None
         self.good, self.sound = self.history.position, self.trainer.snapshot()
         checkpoints.clean(folder, upto=found.step if found else 0)
         self.directory.begin(self.config, found.metrics() if found else b"")
 
+    def _check_fits(self, found: Checkpoint) -> None:
+        if found.manifest["data_sha256"] != self.data_sha256:
+            raise UserError(
+                f"the data are not those that {found.path} was trained on; give it the same, or begin anew in another "
+                "--out"
+            )
+        position = Position(**found.history()["position"])
+        finished = Position(self.recipe.epochs + 1, 0)
+        if position == finished and found.manifest["recipe_sha256"] != checkpoints.recipe_hash(self.config["recipe"]):
+            raise UserError(f"{found.path} has done all of --epochs {self.recipe.epochs}; give it more to go on with")
+        if position > finished:
+            done = position.epoch - 1
+            raise UserError(
+                f"--epochs {self.recipe.epochs} is less than the {done} that {found.path} has done; give it more"
+            )
+
     def train(self) -> dict:
         """Train to the end; write metrics, checkpoints and weights, and return the summary."""
         with signals.deferred() as request, contextlib.closing(self.saver):
+            self.request = request
             pace = Pace(
                 rests=lambda position: self.saver.due(position, self.trainer.counts.steps_per_epoch),
                 boundary=self.saver.interval.steps,
@@ -78,13 +111,15 @@ class Session:
                 for event in self.trainer.events(start=self.history.position, pace=pace):
                     self._take(event)
             if self.history.position.epoch <= self.recipe.epochs:
-                self._leave(request)
+                self._leave()
             state = self.trainer.state()
             if self.flags.on_nonfinite != "ignore":
                 refuse_nonfinite(state, self.recipe)
-            self._save(self.recorder.epochs[-1]["test_accuracy"])
+            self._save(due=self.finite)
             self.saver.wait()
-            sha256 = self.directory.write_arrays(WEIGHTS, state) if _is_finite(state) else None
+            sha256 = self.directory.write_weights(state) if self.finite else None
+            if sha256 is None:
+                self.display.line("no weights are written: the last state is not finite")
         seconds = sum(figures["seconds"] for figures in self.recorder.epochs)
         return self.recorder.summary(seconds, self.trainer.compile_seconds) | {"weights_sha256": sha256}
 
@@ -100,42 +135,46 @@ class Session:
             if ends:
                 raise
             self._explain(Position(event.epoch, event.stop))
+        self.finite = self.finite if ends else event.finite
         if ends or due:
-            self._save(self.recorder.epochs[-1]["test_accuracy"] if ends else None, due=due)
+            self._save(due=due)
 
     def _is_due(self, done: StepsDone) -> bool:
         return self.saver.due(Position(done.epoch, done.stop), self.trainer.counts.steps_per_epoch)
 
-    def _save(self, score: float | None = None, *, due: bool = True) -> None:
+    def _save(self, *, due: bool = True) -> None:
         """Remember the state as it is now, and have it written if a checkpoint is `due`; unless it is spoiled."""
-        snapshot = self.trainer.snapshot()
-        if self.flags.on_nonfinite == "ignore" and not _is_finite(self.trainer.state()):
-            self.display.line(f"the state after step {self.history.step:,} is not finite, and not saved")
+        if not self.finite:
+            if due:
+                self.display.line(f"the state after step {self.history.step:,} is not finite, and not saved")
             return
-        self.good, self.sound = self.history.position, snapshot
+        self.good, self.sound = self.history.position, self.trainer.snapshot()
         if due:
-            self.saver.save(snapshot, self.history, score=score)
+            evaluated = self.history.position.step == 0 and self.recorder.epochs
+            score = self.recorder.epochs[-1]["test_accuracy"] if evaluated else None
+            self.saver.save(self.sound, self.history, score=score)
 
     def _explain(self, bad: Position) -> None:
         """Raise DivergedError for a run that is no longer sound at `bad`, naming the step that spoiled it."""
-        fault = faults.find(self.trainer, self.sound, self.good, bad)
+        self.saver.wait()
+        try:
+            fault = faults.find(self.trainer, self.sound, self.good, bad, Pace(stopped=self.request.came))
+        except Cancelled:
+            message = f"stopped while looking for the step of epoch {bad.epoch} after which a number is not finite"
+            raise Stopped(self.request.number, message) from None
         dumped = ""
         if self.flags.dump_nonfinite:
-            self.trainer.restore(fault.snapshot)
-            self.directory.write_arrays(BATCH, self.trainer.state() | faults.batch(self.recipe, self.dataset, fault))
-            dumped = f"; its batch and the state before it are in {self.directory.path / BATCH}"
-        self.saver.wait()
+            arrays = {**self.trainer.named(fault.snapshot), **faults.batch(self.recipe, self.dataset, fault)}
+            dumped = f"; its batch and the state before it are in {self.directory.write_batch(arrays)}"
         raise DivergedError(f"{fault}: {mend(self.recipe)}{dumped}")
 
-    def _leave(self, request: StopRequest) -> None:
+    def _leave(self) -> None:
         """Save what a signal left undone, and raise Stopped."""
+        number, path = self.request.number, self.directory.path
+        if self.history.position == START:
+            raise Stopped(number, "stopped before the first step; nothing is saved")
         self._save()
         self.saver.wait()
         epoch, step = self.history.position
-        path = self.directory.path
-        saved = "nothing saved" if self.saver.interval.never else f"saved in {path}; --resume {path} goes on"
-        raise Stopped(request.number, f"stopped after epoch {epoch}, step {step:,}, {saved}")
-
-
-def _is_finite(state: Mapping[str, np.ndarray]) -> bool:
-    return all(np.isfinite(array).all() for array in state.values())
+        saved = f"saved in {path}; --resume {path} goes on" if self.saver.saved == (epoch, step) else "nothing is saved"
+        raise Stopped(number, f"stopped after epoch {epoch}, step {step:,}, {saved}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +58,10 @@ class Trainer(ABC):
     @abstractmethod
     def restore(self, snapshot: Any) -> None:
         """Take over what `snapshot` gave, bit for bit; the snapshot stays as it is."""
+
+    @abstractmethod
+    def named(self, snapshot: Any) -> Mapping[str, np.ndarray]:
+        """Return the arrays of a snapshot: the canonical state, then the optimiser's as `optimizer.NAME`."""
 
     def events(self, *, start: Position = START, pace: Pace | None = None) -> Iterator[Event]:
         """Run every epoch from `start` on, yielding what happens, until the end or until the pace says to stop; unless
