@@ -112,7 +112,7 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int, rate: Number = None) -> 
 def _dampen(dampening: Number) -> optax.GradientTransformation:
     """Scale every gradient but the first by 1 - dampening: torch's first buffer is undamped."""
 
-    def update(grads: dict, state: Updates, params: dict | None = None) -> tuple[dict, Updates]:
+    def update(grads: object, state: Updates, params: object = None) -> tuple[object, Updates]:
         factor = jnp.where(state.count == 0, 1.0, 1.0 - dampening)
         damped = jax.tree.map(lambda grad: jnp.asarray(factor, grad.dtype) * grad, grads)
         return damped, Updates(optax.safe_increment(state.count))

@@ -49,7 +49,11 @@ def test_a_program_imports_nothing_before_it_can_be_interrupted(program):
     ],
 )
 @pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "status", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow(1)),
+    ],
 )
 def test_a_signal_during_an_import_ends_the_program_with_one_word(program, imported, number, status, word, tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", program, "--recipe", "digits"]

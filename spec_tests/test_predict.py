@@ -176,8 +176,9 @@ def test_a_class_without_examples_has_no_accuracy():
 SHOWN = {"split": "test", "equal": None}
 
 
-def without(run: Path, name: str) -> None:
-    (run / name).unlink()
+def without(run: Path, *names: str) -> None:
+    for name in names:
+        (run / name).unlink()
 
 
 def unfit(run: Path) -> None:
@@ -215,8 +216,12 @@ def without_a_test_split(run: Path) -> None:
 DAMAGE = {
     "no config": (lambda run: without(run, "config.json"), ["is no run directory: it has no config.json"]),
     "no directory": (shutil.rmtree, ["does not exist; name a run's directory"]),
-    "unfinished": (
+    "weights removed": (
         lambda run: without(run, "weights.safetensors"),
+        ["is finished and has no weights.safetensors: its numbers were not finite, or the file was removed; train it"],
+    ),
+    "unfinished": (
+        lambda run: without(run, "weights.safetensors", "summary.json"),
         ["the run is not finished; `", "-m jax_impl.train --resume ", "goes on with it"],
     ),
     "a folder of runs": (nested, ["is no run, but holds ", "seed-0; name one"]),

@@ -249,7 +249,7 @@ def test_time_alone_brings_a_checkpoint_in_the_middle_of_an_epoch(trainer_comman
     assert [step for step in steps if step < STEPS_PER_EPOCH]
 
 
-@pytest.mark.parametrize("killed_at", range(8))
+@pytest.mark.parametrize("killed_at", range(6))
 def test_a_kill_while_a_run_takes_anothers_place_leaves_nothing_that_lies(
     killed_at, trainer_command, tmp_path, stops_after, monkeypatch
 ):

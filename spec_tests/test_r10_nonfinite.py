@@ -259,8 +259,9 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["a later step", "the first step"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "first"), [*((rule, False) for rule in RULES), ("dampening", True)], ids=[*RULES, "dampening, first step"]
+)
 def test_both_frameworks_skip_the_same_and_keep_the_optimiser_and_statistics_as_they_were(
     rule, first, trainer_command, tmp_path, monkeypatch
 ):

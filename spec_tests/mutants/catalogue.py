@@ -1001,8 +1001,8 @@ S6 = (
         clause="S6",
         says="dampening on the first step too",
         path=JAX_OPTIM,
-        old="jnp.where(step == 0, 1.0, 1.0 - dampening)",
-        new="jnp.where(step < 0, 1.0, 1.0 - dampening)",
+        old="jnp.where(state.count == 0, 1.0, 1.0 - dampening)",
+        new="jnp.where(state.count < 0, 1.0, 1.0 - dampening)",
         only="first_buffer_is_not_damped",
     ),
     Mutant(
