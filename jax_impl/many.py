@@ -33,7 +33,7 @@ from spec.run import run_directory
 from spec.run.display import Display
 from spec.run.history import EpochDone, Event, StepsDone
 from spec.run.program import config, origin
-from spec.run.recorder import DivergedError, Recorder, refuse_nonfinite
+from spec.run.recorder import DivergedError, Recorder
 from spec.run.run_directory import SUMMARY, RunDirectory
 from spec.sweep import ManyFlags, Setting, counted
 
@@ -191,15 +191,8 @@ def _train_together(
             if not going:
                 break
     seconds = time.perf_counter() - start
-    states = {run: trainer.state(run) for run in sorted(going)}
-    for run in sorted(going):
-        try:
-            refuse_nonfinite(states[run], trainer.recipes[run])
-        except DivergedError as error:
-            going.discard(run)
-            display.line(f"{recorders[run].directory.path.name} is out: {error}")
     return [
-        _finish(recorder, states[run], seconds, trainer.compile_seconds, made_by) if run in going else None
+        _finish(recorder, trainer.state(run), seconds, trainer.compile_seconds, made_by) if run in going else None
         for run, recorder in enumerate(recorders)
     ]
 

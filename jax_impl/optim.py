@@ -25,7 +25,7 @@ class Numbers(NamedTuple):
 
 
 class Updates(NamedTuple):
-    """How many updates were made; a step that is left out (S6) makes none."""
+    """How many updates were made, int32; a step that is left out (`step.skip_nonfinite`) makes none."""
 
     count: jax.Array
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -164,6 +165,10 @@ def test_a_run_that_is_given_more_epochs_is_no_longer_finished_while_it_trains(
     fewer = trainer_command(*FLAGS, "--resume-with-changes", "--epochs", 1, "--out", run, framework=framework)
     assert (fewer.status, fewer.err.count("\n")) == (2, 1)
     assert f"--epochs 1 is less than the 2 that {run / 'checkpoints' / '00000016'} has done" in fewer.err
+    nothing = [*FLAGS, "--epochs", 2, "--resume-with-changes", "--learning-rate", 0.001, "--out", run]
+    refused = trainer_command(*nothing, framework=framework)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "has done all of --epochs 2; give it more to go on with" in refused.err
     stops_after(19)
     more = ["--resume", run, "--resume-with-changes", "--epochs", 4, "--quiet"]
     assert trainer_command(*more, framework=framework).status == 143
@@ -171,8 +176,8 @@ def test_a_run_that_is_given_more_epochs_is_no_longer_finished_while_it_trains(
     assert not (run / "weights.safetensors").exists()
     there = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert there == [6, 8, 12, 16, 18, 19]  # --keep-checkpoints and --checkpoint-every are the run's own
-    other = trainer_command(*FLAGS, "--resume-with-changes", "--epochs", 4, "--seed", 1, "--out", run)
-    assert other.status == 2
+    changed = [*FLAGS, "--resume-with-changes", "--epochs", 4, "--seed", 1, "--out", run]
+    assert "cannot go on with another seed:" in trainer_command(*changed, framework=framework).err
 
 
 class MoreImages(FewImages):
@@ -249,18 +254,19 @@ def test_time_alone_brings_a_checkpoint_in_the_middle_of_an_epoch(trainer_comman
     assert [step for step in steps if step < STEPS_PER_EPOCH]
 
 
-@pytest.mark.parametrize("killed_at", range(6))
+@pytest.mark.parametrize("interval", ["auto", "never"])
+@pytest.mark.parametrize("killed_at", range(7))
 def test_a_kill_while_a_run_takes_anothers_place_leaves_nothing_that_lies(
-    killed_at, trainer_command, tmp_path, stops_after, monkeypatch
+    killed_at, interval, trainer_command, tmp_path, stops_after, monkeypatch
 ):
     run, rename, calls = tmp_path / "run", Path.rename, itertools.count()
     stops_after(0)
-    few = [*FLAGS, "--epochs", "1", "--out", run]
+    few = [*FLAGS, "--epochs", "1", "--checkpoint-every", interval, "--out", run]
     assert trainer_command(*few).status == 0
 
     def killed(self: Path, target: Path) -> Path:
-        settling = Path(target).parent == run or self.parent == run
-        if settling and not self.name.startswith(".") and next(calls) == killed_at:
+        settling = self.parent.name == ".run.new" or (self.parent == run and Path(target).parent == run)
+        if settling and Path(target).parent == run and not self.name.startswith(".") and next(calls) == killed_at:
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -269,16 +275,18 @@ def test_a_kill_while_a_run_takes_anothers_place_leaves_nothing_that_lies(
         patch.setattr(Path, "replace", killed)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         ended = trainer_command(*few, "--seed", 3, "--overwrite")
-    assert ended.status in (0, 130)
-    again = trainer_command(*few, "--seed", 3, "--resume-with-changes" if killed_at < 0 else "--quiet")
+    moves = next(calls)
+    assert ended.status == (130 if moves > killed_at else 0)
+    if (run / "summary.json").exists():  # then all of it is of one run
+        summary_there = json.loads((run / "summary.json").read_text())
+        assert json.loads((run / "config.json").read_text())["recipe"]["seed"] == summary_there["seed"]
+        weights = (run / "weights.safetensors").read_bytes()
+        assert hashlib.sha256(weights).hexdigest() == summary_there["weights_sha256"]
+    again = trainer_command(*few, "--seed", 3)
     if again.status == 0:  # then it is the new run
-        config = json.loads((run / "config.json").read_text())
-        assert config["recipe"]["seed"] == json.loads((run / "summary.json").read_text())["seed"] == 3
-        whole = tmp_path / "whole"
-        assert trainer_command(*few[:-1], whole, "--seed", 3).status == 0
-        assert (run / "weights.safetensors").read_bytes() == (whole / "weights.safetensors").read_bytes()
-    else:
-        assert "is finished" not in again.out
+        assert trainer_command(*few[:-1], tmp_path / "whole", "--seed", 3).status == 0
+        whole = (tmp_path / "whole" / "weights.safetensors").read_bytes()
+        assert (run / "weights.safetensors").read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,24 @@ def test_the_last_ones_and_the_first_of_the_best_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000002", "00000006", "00000007"]
 
 
+def test_a_checkpoint_whose_replacement_fails_is_put_back(tmp_path, monkeypatch):
+    write = {"step": 1, "about": {"score": None}, "state": lambda folder: None}
+    checkpoints.write(tmp_path, files={"a": b"old"}, **write)
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name.endswith(".new"):
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="the disk is gone"):
+        checkpoints.write(tmp_path, files={"a": b"new"}, **write)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+    checkpoints.verify(tmp_path / "00000001")
+    assert (tmp_path / "00000001" / "a").read_bytes() == b"old"
+
+
 def test_a_save_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
     write = {"about": {"score": None}, "files": {"a": b"1"}}
     checkpoints.write(tmp_path, step=1, **write, state=lambda folder: None)

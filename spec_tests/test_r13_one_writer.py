@@ -79,6 +79,14 @@ def test_a_lock_is_the_folders_own_and_given_back(tmp_path):
     assert [*first.iterdir(), *second.iterdir()] == []
 
 
+def test_a_directory_that_cannot_be_locked_is_a_short_error(trainer_command, tmp_path):
+    (tmp_path / "run" / lock.LOCK).mkdir(parents=True)
+    ended = trainer_command("--recipe", "digits", "--out", tmp_path / "run", framework="torch")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert f"error: the run directory {tmp_path / 'run'} cannot be written: " in ended.err
+    assert "name another --out" in ended.err
+
+
 def test_a_holder_that_cannot_be_read_is_another_process(tmp_path):
     with lock.RunLock(tmp_path):
         (tmp_path / lock.HOLDER).write_bytes(b"\xff not json")

@@ -87,6 +87,7 @@ def write(
         _sync(folder)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        recover(folder)
         shutil.rmtree(new, ignore_errors=True)
         raise
     return place
@@ -128,7 +129,7 @@ def newest_good(
 
 
 def recover(folder: Path) -> None:
-    """Put back the checkpoints that were being replaced by others of their step when the process was killed."""
+    """Put back the checkpoints that were being replaced by others of their step when that was cut short."""
     for old in folder.glob(".*.old") if folder.is_dir() else ():
         place = folder / old.name.removeprefix(".").removesuffix(".old")
         if not place.exists():

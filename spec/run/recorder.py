@@ -73,13 +73,6 @@ class Recorder:
         }
 
 
-def refuse_nonfinite(state: Mapping[str, np.ndarray], recipe: Recipe) -> None:
-    """Raise DivergedError, naming the first leaf, when the final state holds a number that is not finite."""
-    for name, array in state.items():
-        if not np.isfinite(array).all():
-            raise DivergedError(f"{name} is not finite after the last step: {mend(recipe)}")
-
-
 def mend(recipe: Recipe) -> str:
     """Return what a user can do about a run that diverged."""
     rate = recipe.optimizer.learning_rate

@@ -113,8 +113,11 @@ class RunDirectory:
         return self.folder != self.path.absolute()
 
     def settle(self) -> None:
-        """Put the new run in the place of the one that it replaces, if it does. `config.json` comes last: whenever this
-        is cut short, no run is there that calls itself finished, and none has another's checkpoints under its name."""
+        """Put the new run in the place of the one that it replaces, if it does.
+
+        The outcome of the old one goes first, that of the new one comes last, after its `config.json`: wherever this is
+        cut short, no outcome stands beside another run's recipe.
+        """
         if not self._replaces:
             return
         aside = self.path / ASIDE
@@ -124,7 +127,7 @@ class RunDirectory:
             shutil.rmtree(aside, ignore_errors=True)
             if (self.path / checkpoints.FOLDER).exists():
                 (self.path / checkpoints.FOLDER).rename(aside)
-            for name in (checkpoints.FOLDER, BATCH, METRICS, *OUTCOME, CONFIG):
+            for name in (checkpoints.FOLDER, BATCH, METRICS, CONFIG, WEIGHTS, SUMMARY):
                 new = self.folder / name
                 if new.exists():
                     new.replace(self.path / name)

@@ -18,7 +18,7 @@ from spec.run.checkpoints import Checkpoint
 from spec.run.display import Display
 from spec.run.history import START, EpochDone, Event, Position, StepsDone
 from spec.run.pace import Pace
-from spec.run.recorder import DivergedError, Recorder, mend, refuse_nonfinite
+from spec.run.recorder import DivergedError, Recorder, mend
 from spec.run.resume import Start
 from spec.run.run_directory import RunDirectory
 from spec.run.saving import Saver, parse_interval
@@ -113,8 +113,6 @@ class Session:
             if self.history.position.epoch <= self.recipe.epochs:
                 self._leave()
             state = self.trainer.state()
-            if self.flags.on_nonfinite != "ignore":
-                refuse_nonfinite(state, self.recipe)
             self._save(due=self.finite)
             self.saver.wait()
             sha256 = self.directory.write_weights(state) if self.finite else None
