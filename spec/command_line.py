@@ -82,8 +82,8 @@ def parse(arguments: Sequence[str], *, program: str, description: str, kind: typ
     scanner.add_argument("--overwrite", action="store_true")
     given = scanner.parse_known_args(arguments)[0]
     name = _recipe_of(given.resume) if given.recipe is None else given.recipe
-    default = kind(recipe=name, config=recipes.load(name), **_flags_of(given))
-    flags = _parsed(kind, arguments, default=default, prog=program, description=description)
+    default = kind(recipe=name, config=recipes.load(name))
+    flags = _parsed(kind, [*_flags_of(given), *arguments], default=default, prog=program, description=description)
     checked = recipes.parse(recipes.to_mapping(flags.config), source=name)
     if replace(checked, seed=default.config.seed) != default.config:
         checked = replace(checked, expected=None)  # it was measured for the recipe unchanged
@@ -98,16 +98,16 @@ def _recipe_of(resume: str) -> str:
     return str((run_of(expanded(Path(resume))) / CONFIG).absolute())
 
 
-def _flags_of(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags of the run that is gone on with, for where they are not given."""
+def _flags_of(given: argparse.Namespace) -> list[str]:
+    """Return the flags of the run that is gone on with, as one would give them; the last of two counts."""
     if given.overwrite or given.resume == "never" or (given.resume == "auto" and given.out is None):
-        return {}
+        return []
     run = expanded(Path(given.out)) if given.resume == "auto" else run_of(expanded(Path(given.resume)))
     try:
         flags = json.loads((run / CONFIG).read_text("utf-8"))["flags"]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return {name: flags[name] for name in LASTING if name in flags}
+        return []
+    return [word for name in LASTING if name in flags for word in (f"--{name.replace('_', '-')}", str(flags[name]))]
 
 
 def _parsed(kind: type[F], arguments: Sequence[str], **about: Any) -> F:

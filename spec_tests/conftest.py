@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,14 @@ import jax
 import numpy as np
 import pytest
 
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # here and in what the tests start: no run depends on an earlier
+# No run depends on an earlier one: what the tests start keeps no compiled program, and what they compile themselves is
+# kept as long as they run, for all of their processes.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+COMPILED = os.environ.setdefault("LOCKSTEP_TESTS_COMPILED", tempfile.mkdtemp(prefix="lockstep-tests-"))
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as jax_impl.train says
+jax.config.update("jax_enable_compilation_cache", True)
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 import jax_impl.train
 import jax_impl.trainer
@@ -59,6 +67,12 @@ def counted(record_property: Callable[[str, object], None]) -> Callable[[str, in
         record_property(COUNTED, (what, number))
 
     return count
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the compiled programs with the last process."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

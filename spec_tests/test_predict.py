@@ -126,7 +126,7 @@ def test_other_weights_are_said_not_to_be_the_runs_own(run):
     state["linear2.bias"] = state["linear2.bias"] + np.float32(1) * np.arange(10, dtype=np.float32)
     with_weights(run, weights.to_safetensors(state))
     ended = call(jax_impl.evaluate.main, run)
-    assert ended.status == 0
+    assert ended.status == 1
     assert "NOT equal to the run's own summary.json, which says loss " in ended.out
 
 

@@ -22,6 +22,7 @@ from spec.run.checkpoints import Checkpoint
 from spec.run.history import EpochDone, Event, Position
 from spec.run.pace import Pace
 from spec.run.recorder import Recorder
+from spec.run.run_directory import RunDirectory
 from spec_tests.conftest import FRAMEWORKS
 
 MODULES = {"jax": jax_impl.trainer, "torch": torch_ref.trainer}
@@ -252,6 +253,38 @@ def test_time_alone_brings_a_checkpoint_in_the_middle_of_an_epoch(trainer_comman
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert steps[-1] == STEPS_PER_EPOCH
     assert [step for step in steps if step < STEPS_PER_EPOCH]
+
+
+@both
+def test_a_signal_that_comes_while_the_last_is_written_is_passed_on_and_the_run_is_finished(
+    framework, trainer_command, tmp_path, stops_after, monkeypatch
+):
+    run, write = tmp_path / "run", RunDirectory.write_weights
+
+    def signalled(self: RunDirectory, state: dict) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, state)
+
+    stops_after(0)
+    monkeypatch.setattr(RunDirectory, "write_weights", signalled)
+    ended = trainer_command(*FLAGS, "--epochs", "1", "--out", run, framework=framework)
+    assert ended.status == 143
+    assert "the run was at its end: it is finished" in ended.err
+    again = trainer_command(*FLAGS[:-1], "--epochs", "1", "--out", run, framework=framework)
+    assert (again.status, "is finished" in again.out) == (0, True)
+
+
+def test_the_flags_that_a_run_keeps_are_checked_as_those_of_a_user(trainer_command, tmp_path, stops_after):
+    run = tmp_path / "run"
+    stops_after(3)
+    assert trainer_command(*FLAGS, "--out", run, framework="torch").status == 143
+    config = json.loads((run / "config.json").read_text())
+    config["flags"]["keep_checkpoints"] = "few"
+    (run / "config.json").write_text(json.dumps(config))
+    ended = trainer_command("--resume", run, framework="torch")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "--keep-checkpoints: 'few' is not a whole number" in ended.err
+    assert trainer_command("--resume", run, "--keep-checkpoints", 2, "--quiet", framework="torch").status == 0
 
 
 @pytest.mark.parametrize("interval", ["auto", "never"])

@@ -153,7 +153,7 @@ def test_a_run_goes_on_from_the_newest_good_one_says_which_is_bad_and_keeps_it_a
     damage(damaged, "bit flip", damaged, np.random.default_rng(0))
     ended = trainer_command(*FLAGS[:-1], "--out", run, framework=framework)
     assert ended.status == 0, ended.err
-    assert f"not used: {damaged} is damaged" in ended.out
+    assert f"warning: not used: {damaged} is damaged" in ended.err
     assert f"going on from {folder / OLDER}, epoch 3, step 0" in ended.out
     assert (run / "weights.safetensors").read_bytes() == (runs[framework] / "weights.safetensors").read_bytes()
     assert (folder / f"{NEWEST}.damaged").is_dir()
@@ -198,7 +198,7 @@ def test_the_checkpoint_of_a_run_of_another_recipe_is_not_taken(framework, runs,
     shutil.copytree(other / "checkpoints" / NEWEST, run / "checkpoints" / NEWEST)
     ended = trainer_command(*FLAGS[:-1], "--out", run, framework=framework)
     assert ended.status == 0, ended.err
-    assert f"not used: {run / 'checkpoints' / NEWEST / 'manifest.json'} is of a run of another recipe than" in ended.out
+    assert f"not used: {run / 'checkpoints' / NEWEST / 'manifest.json'} is of a run of another recipe than" in ended.err
     assert f"going on from {run / 'checkpoints' / OLDER}" in ended.out
     assert (run / "weights.safetensors").read_bytes() == (runs[framework] / "weights.safetensors").read_bytes()
 

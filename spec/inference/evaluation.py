@@ -69,7 +69,10 @@ def parse(arguments: Sequence[str], *, program: str, description: str) -> tuple[
 
 
 def run(flags: Flags, of: Run, implementation: Implementation, evaluate: Evaluate) -> dict[str, Any]:
-    """Evaluate the run as the flags say, print the figures, write them to a file if asked to; return them."""
+    """Evaluate the run as the flags say, print the figures, write them to a file if asked to; return them.
+
+    Raises SystemExit, with status 1, in the end if they are not the run's own.
+    """
     device = implementation.select_device(flags.platform)
     dataset = implementation.load(of.recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
     state = of.state(size_of(dataset))
@@ -86,6 +89,8 @@ def run(flags: Flags, of: Run, implementation: Implementation, evaluate: Evaluat
     show(report)
     if flags.json:
         write_atomic(flags.json, (json.dumps(report, indent=2) + "\n").encode())
+    if report["equal"] == "no":
+        raise SystemExit(1)
     return report
 
 

@@ -1,7 +1,9 @@
-"""What a run shows: a progress bar on a terminal, plain lines elsewhere, nothing but the last line when quiet."""
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere, nothing but the last line when quiet; and what
+went wrong on the way, on standard error, quiet or not."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -49,6 +51,10 @@ class Display:
         """Print `text`, unless quiet."""
         if not self.quiet:
             self.console.print(text, markup=False)
+
+    def warning(self, text: str) -> None:
+        """Print `text` on standard error, quiet or not."""
+        print(f"warning: {text}", file=sys.stderr)
 
     def progress(self, figures: Mapping[str, float]) -> None:
         """Show the lesson's progress line, in the bar or as a line."""

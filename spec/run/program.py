@@ -20,17 +20,20 @@ from spec.run.run_directory import SUMMARY, RunDirectory
 from spec.run.saving import parse_interval
 from spec.run.session import Session
 from spec.run.trainer import Implementation
+from spec.signals import Stopped
 
 
 def run(flags: Flags, implementation: Implementation) -> Mapping:
     """Train as the flags say, write the run directory and print its last line; return the summary.
 
-    Raises Stopped, when a signal came, after saving what there is.
+    Raises Stopped when a signal came, after saving what there is.
     """
     check(flags)
     display = Display(quiet=flags.quiet)
     start = resume.plan(flags, implementation.framework)
     with start.held or contextlib.nullcontext():
+        for line in start.warnings:
+            display.warning(line)
         for line in start.lines:
             display.line(line)
         if start.summary:
@@ -63,6 +66,8 @@ def _run(flags: Flags, implementation: Implementation, start: Start, display: Di
             summary = session.train() | made_by
             directory.write_json(SUMMARY, summary)
     display.last_line(summary, directory.path)
+    if session.request.came():  # too late to stop anything; whoever waits for the signal's status gets it
+        raise Stopped(session.request.number, "the run was at its end: it is finished")
     return summary
 
 

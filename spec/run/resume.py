@@ -28,7 +28,7 @@ class Start:
     `checkpoint`, or without one from the first step. `summary` is that of a run that has nothing left to do.
 
     `held` is the lock on a directory that is there already, `went_on_from` the hash of the recipe that the checkpoint
-    was made by, and `lines` say what a user should know.
+    was made by, `lines` say what is done, and `warnings` what was found that should not be.
     """
 
     out: Path | None
@@ -38,6 +38,7 @@ class Start:
     summary: Mapping[str, Any] | None = None
     went_on_from: str | None = None
     lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def plan(flags: Flags, framework: str) -> Start:
@@ -91,10 +92,10 @@ def _go_on(run: Path, source: Path, out: Path, held: RunLock | None, flags: Flag
     if found is None and (mistakes or summary is not None or out != run):
         listed = "".join(f"\n  {mistake}" for mistake in mistakes)
         raise RunDirectoryError(f"{run} has no good checkpoint to go on from; name another --out{_few(listed)}")
-    lines = [f"not used: {mistake}" for mistake in mistakes]
+    warnings = [f"not used: {mistake}" for mistake in mistakes]
     went_on_from = found.manifest["recipe_sha256"] if found else None
     start = {"out": out, "held": held, "resume": out == run, "checkpoint": found, "went_on_from": went_on_from}
-    return Start(**start, lines=[*lines, _line(found, run)])
+    return Start(**start, lines=[_line(found, run)], warnings=warnings)
 
 
 def _line(found: Checkpoint | None, run: Path) -> str:

@@ -117,7 +117,7 @@ class Session:
             self.saver.wait()
             sha256 = self.directory.write_weights(state) if self.finite else None
             if sha256 is None:
-                self.display.line("no weights are written: the last state is not finite")
+                self.display.warning("no weights are written: the last state is not finite")
         seconds = sum(figures["seconds"] for figures in self.recorder.epochs)
         return self.recorder.summary(seconds, self.trainer.compile_seconds) | {"weights_sha256": sha256}
 
@@ -144,7 +144,7 @@ class Session:
         """Remember the state as it is now, and have it written if a checkpoint is `due`; unless it is spoiled."""
         if not self.finite:
             if due:
-                self.display.line(f"the state after step {self.history.step:,} is not finite, and not saved")
+                self.display.warning(f"the state after step {self.history.step:,} is not finite, and not saved")
             return
         self.good, self.sound = self.history.position, self.trainer.snapshot()
         if due:
