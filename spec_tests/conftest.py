@@ -19,14 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-# No run depends on an earlier one: what the tests start keeps no compiled program, and what they compile themselves is
-# kept as long as they run, for all of their processes.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-COMPILED = os.environ.setdefault("LOCKSTEP_TESTS_COMPILED", tempfile.mkdtemp(prefix="lockstep-tests-"))
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as jax_impl.train says
-jax.config.update("jax_enable_compilation_cache", True)
-jax.config.update("jax_compilation_cache_dir", COMPILED)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in what the tests start: no run depends on an earlier one
 
 import jax_impl.train
 import jax_impl.trainer
@@ -43,6 +36,7 @@ from spec.recipe import Data, Recipe
 SHARED_MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
 COUNTED = "counted"
+COMPILED = "LOCKSTEP_TESTS_COMPILED"
 
 FRAMEWORKS = {"jax": jax_impl.train.main, "torch": torch_ref.train.main}
 
@@ -69,10 +63,20 @@ def counted(record_property: Callable[[str, object], None]) -> Callable[[str, in
     return count
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the compiled programs with the last process."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Have what the tests compile kept for all of their processes, for as long as they run."""
     if not hasattr(config, "workerinput"):
-        shutil.rmtree(COMPILED, ignore_errors=True)
+        os.environ[COMPILED] = tempfile.mkdtemp(prefix="lockstep-tests-")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as jax_impl.train says
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove it with the last of them."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
