@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
+
+from jax_impl.parallel import WHOLE, Part
 
 TORCH_BATCHNORM_MOMENTUM = 0.1
 BATCHNORM_EPSILON = 1e-5
@@ -33,21 +36,30 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(num_features))
         self.var = nnx.BatchStat(jnp.ones(num_features))
 
-    def __call__(self, x: Float[Array, "*axes features"], *, train: bool) -> Float[Array, "*axes features"]:
-        """Return `x` [..., num_features] normalised, in its own dtype; in training, update the running statistics."""
+    def __call__(
+        self, x: Float[Array, "*axes features"], *, train: bool, part: Part = WHOLE
+    ) -> Float[Array, "*axes features"]:
+        """Return `x` [..., num_features] normalised, in its own dtype; in training, update the running statistics.
+
+        `part` says which rows of the batch `x` has; the statistics are those of the whole batch (S11).
+        """
         if train:
-            return self._by_batch(normalize_batch, x)
+            return self._by_batch(normalize_batch, x, part)
         wide, scale, bias = self._widened(x)
         inverse = lax.rsqrt(self.var[...] + BATCHNORM_EPSILON)
         return ((wide - self.mean[...]) * (inverse * scale) + bias).astype(x.dtype)
 
-    def relu_pool(self, x: Float[Array, "batch h w features"]) -> Float[Array, "batch h//2 w//2 features"]:
+    def relu_pool(
+        self, x: Float[Array, "batch h w features"], *, part: Part = WHOLE
+    ) -> Float[Array, "batch h//2 w//2 features"]:
         """Return max_pool_2x2(relu(self(x, train=True))) in fewer passes over `x` (`normalize_relu_pool`)."""
-        return self._by_batch(normalize_relu_pool, x)
+        return self._by_batch(normalize_relu_pool, x, part)
 
-    def _by_batch(self, normalize: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], x: jax.Array) -> jax.Array:
-        normalized, mean, var = normalize(*self._widened(x))
-        count = math.prod(x.shape[:-1])
+    def _by_batch(
+        self, normalize: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], x: jax.Array, part: Part
+    ) -> jax.Array:
+        normalized, mean, var = normalize(part, *self._widened(x))
+        count = _count(x, part)
         self.mean[...] = _run(self.mean[...], mean)
         self.var[...] = _run(self.var[...], var * (count / (count - 1)))
         return normalized.astype(x.dtype)
@@ -61,39 +73,79 @@ def _run(running: jax.Array, value: jax.Array) -> jax.Array:
     return (1 - TORCH_BATCHNORM_MOMENTUM) * running + TORCH_BATCHNORM_MOMENTUM * value
 
 
-@jax.custom_vjp
+class Dropout(nnx.Module):
+    """Dropout whose mask is that of the whole batch, of which a `Part` takes its rows; the bits of Flax's own layer."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def __call__(
+        self, x: Float[Array, "batch *axes"], *, key: Key[Array, ""], part: Part = WHOLE
+    ) -> Float[Array, "batch *axes"]:
+        """Return `x` [batch, ...] with units dropped with probability `rate` and the others divided by 1 - rate (S7)."""
+        if self.rate == 0:
+            return x
+        if self.rate == 1:
+            return jnp.zeros_like(x)  # 0 / 0 would have a gradient of nan
+        kept = 1.0 - self.rate
+        mask = part.rows(jax.random.bernoulli(key, kept, (part.count(x.shape[0]), *x.shape[1:])))
+        return lax.select(mask, x / kept, jnp.zeros_like(x))
+
+
+def _count(x: jax.Array, part: Part) -> int:
+    """Return how many values of a channel the whole batch has, of whose rows `x` [rows, ..., channels] are some."""
+    return part.count(x.shape[0]) * math.prod(x.shape[1:-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=0)
 def normalize_batch(
-    x: Float[Array, "*axes features"], scale: Float[Array, " features"], bias: Float[Array, " features"]
+    part: Part, x: Float[Array, "*axes features"], scale: Float[Array, " features"], bias: Float[Array, " features"]
 ) -> tuple[Float[Array, "*axes features"], Float[Array, " features"], Float[Array, " features"]]:
     """Return y = scale h + bias with h = (x - mean) / sqrt(var + eps), and the batch's mean and biased variance.
 
     `x` is [..., features], the others [features]. The gradient is the closed form, half the passes over `x` that
     tracing the forward pass gives: dx = scale / sqrt(var + eps) (g - mean(g) - h mean(g h)), dscale = sum(g h),
-    dbias = sum(g). No gradient flows from mean and variance. Source: Ioffe and Szegedy, arXiv 1502.03167.
+    dbias = sum(g). No gradient flows from mean and variance. Of a `part` of the batch, means and the sums in dx are over
+    the whole of it, dscale and dbias over the part's own rows. Source: Ioffe and Szegedy, arXiv 1502.03167.
     """
-    return _normalize_forward(x, scale, bias)[0]
+    return _normalize_forward(part, x, scale, bias)[0]
 
 
-def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
-    mean, var, inverse = _statistics(x)
+def _normalize_forward(part: Part, x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
+    mean, var, inverse = _statistics(x, part)
     return ((x - mean) * (inverse * scale) + bias, mean, var), (x, mean, inverse, scale)
 
 
-def _normalize_backward(saved: tuple, grads: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _normalize_backward(part: Part, saved: tuple, grads: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, inverse, scale = saved
     grad, axes = grads[0], tuple(range(x.ndim - 1))
     hidden = (x - mean) * inverse
     bias_grad, scale_grad = grad.sum(axes), (grad * hidden).sum(axes)
-    count = math.prod(x.shape[:-1])
-    x_grad = (scale * inverse) * (grad - bias_grad / count - hidden * (scale_grad / count))
+    shift, slope = _of_batch((bias_grad, scale_grad), x, part)
+    x_grad = (scale * inverse) * (grad - _weighed(shift + hidden * slope, part))
     return x_grad, scale_grad, bias_grad
 
 
-def _statistics(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _of_batch(sums: tuple[jax.Array, ...], x: jax.Array, part: Part) -> tuple[jax.Array, ...]:
+    """Return the means over the whole batch of what was summed over the rows of `x`."""
+    count = _count(x, part)
+    return tuple(total / count for total in part.sum(sums))
+
+
+def _weighed(x: jax.Array, part: Part) -> jax.Array:
+    """Return `x` [rows, ...], its rows times their weights."""
+    weights = part.weights(x.dtype)
+    return x if weights is None else x * weights.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _statistics(x: jax.Array, part: Part) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return mean, biased variance and 1 / sqrt(var + eps) over all axes but the last: [features] each."""
-    flat = x.reshape(-1, x.shape[-1])
-    mean = flat.mean(axis=0)
-    var = jnp.square(flat - mean).mean(axis=0)
+
+    def mean_of(values: jax.Array) -> jax.Array:
+        return part.mean(_weighed(values, part).reshape(-1, x.shape[-1]).mean(axis=0))
+
+    mean = mean_of(x)
+    var = mean_of(jnp.square(x - mean))
     return mean, var, lax.rsqrt(var + BATCHNORM_EPSILON)
 
 
@@ -109,9 +161,12 @@ def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h
     return _first_maximum(_windows(x))[0]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=0)
 def normalize_relu_pool(
-    x: Float[Array, "batch h w channels"], scale: Float[Array, " channels"], bias: Float[Array, " channels"]
+    part: Part,
+    x: Float[Array, "batch h w channels"],
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
 ) -> tuple[Float[Array, "batch h//2 w//2 channels"], Float[Array, " channels"], Float[Array, " channels"]]:
     """Return max_pool_2x2(relu(y)), mean and variance, with y, mean and variance of `normalize_batch`.
 
@@ -120,26 +175,26 @@ def normalize_relu_pool(
     done on a quarter of the values. The result is the same to the bit; the gradient differs only where two values of a
     window are made equal by rounding y, and goes to the larger x. For a scale of 0 all are equal, and the first is it.
     """
-    return _normalize_relu_pool_forward(x, scale, bias)[0]
+    return _normalize_relu_pool_forward(part, x, scale, bias)[0]
 
 
-def _normalize_relu_pool_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
-    mean, var, inverse = _statistics(x)
+def _normalize_relu_pool_forward(part: Part, x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
+    mean, var, inverse = _statistics(x, part)
     sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
     largest = sign * lax.reduce_window(sign * x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     pooled = jax.nn.relu((largest - mean) * (inverse * scale) + bias)
     return (pooled, mean, var), (x, mean, inverse, scale, pooled)
 
 
-def _normalize_relu_pool_backward(saved: tuple, grads: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _normalize_relu_pool_backward(part: Part, saved: tuple, grads: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, inverse, scale, pooled = saved
     largest, winner = _first_maximum(_windows(x), factor=jnp.sign(scale))
     grad = jnp.where(pooled > 0, grads[0], 0)
     bias_grad, scale_grad = grad.sum((0, 1, 2)), (grad * (largest - mean) * inverse).sum((0, 1, 2))
-    count = math.prod(x.shape[:-1])
     factor = scale * inverse
-    slope = factor * inverse * (scale_grad / count)
-    x_grad = _unpool(factor * grad, winner, x.shape) - factor * (bias_grad / count) - (x - mean) * slope
+    shift, slope = _of_batch((bias_grad, scale_grad), x, part)
+    everywhere = factor * shift + (x - mean) * (factor * inverse * slope)
+    x_grad = _unpool(factor * grad, winner, x.shape) - _weighed(everywhere, part)
     return x_grad, scale_grad, bias_grad
 
 

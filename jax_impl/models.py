@@ -11,7 +11,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from jax_impl.layers import ACTIVATIONS, BatchNorm, conv_general_dilated, max_pool_2x2
+from jax_impl.layers import ACTIVATIONS, BatchNorm, Dropout, conv_general_dilated, max_pool_2x2
+from jax_impl.parallel import WHOLE, Part
 from spec.params import KERNEL_SIZE
 from spec.recipe import Model
 
@@ -50,10 +51,12 @@ class MLP(nnx.Module):
         train: bool,
         dropout_key: Key[Array, ""] | None = None,
         hooks: Hooks = NO_HOOKS,
+        part: Part = WHOLE,
     ) -> Float[Array, "batch outputs"]:
-        """Return logits [batch, outputs] for `images` [batch, ...]; `dropout_key` is not used."""
+        """Return logits [batch, outputs] for `images` [batch, ...], which are that part of a batch; `dropout_key` is
+        not used."""
         if self.input_batchnorm:
-            images = hooked(hooks, "norm0", images, self.norm0(images[..., None], train=train)[..., 0])
+            images = hooked(hooks, "norm0", images, self.norm0(images[..., None], train=train, part=part)[..., 0])
         hidden = images.reshape(images.shape[0], -1)
         for index, activation in enumerate(self.activations, start=1):
             hidden = self._linear(index, hidden, hooks)
@@ -83,7 +86,7 @@ class CNN(nnx.Module):
             setattr(self, f"linear{index}", nnx.Linear(ins, units, rngs=rngs))
         for index, units in enumerate(model.hidden_sizes, start=self.num_convs + 1):
             setattr(self, f"norm{index}", BatchNorm(units))
-        self.dropout = nnx.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
 
     def __call__(
         self,
@@ -92,32 +95,35 @@ class CNN(nnx.Module):
         train: bool,
         dropout_key: Key[Array, ""] | None = None,
         hooks: Hooks = NO_HOOKS,
+        part: Part = WHOLE,
     ) -> Float[Array, "batch outputs"]:
-        """Return logits [batch, outputs] for `images` [batch, h, w, channels]; training needs `dropout_key`."""
+        """Return logits [batch, outputs] for `images` [batch, h, w, channels], which are that part of a batch; training
+        needs `dropout_key`."""
         hidden = images
         for index in range(1, self.num_convs + 1):
-            hidden = self._pooled(index, hidden, train, hooks)
+            hidden = self._pooled(index, hidden, train, hooks, part)
         hidden = hidden.reshape(hidden.shape[0], -1)
         rngs = nnx.Rngs(dropout=dropout_key) if train else None
         for index in range(1, self.num_hidden + 1):
-            hidden = self._normalized(f"linear{index}", self.num_convs + index, hidden, train, hooks)
-            dropped = self.dropout(hidden, deterministic=not train, rngs=rngs)
+            hidden = self._normalized(f"linear{index}", self.num_convs + index, hidden, train, hooks, part)
+            dropped = self.dropout(hidden, key=rngs.dropout(), part=part) if rngs else hidden
             hidden = hooked(hooks, f"dropout{index}", hidden, dropped)
         last = f"linear{self.num_hidden + 1}"
         return hooked(hooks, last, hidden, getattr(self, last)(hidden))
 
-    def _pooled(self, index: int, x: jax.Array, train: bool, hooks: Hooks) -> jax.Array:
+    def _pooled(self, index: int, x: jax.Array, train: bool, hooks: Hooks, part: Part) -> jax.Array:
         """Return pool(relu(norm(conv(x)))), in one step where nobody looks between."""
         if not train or hooks.keys() & {f"norm{index}", f"relu{index}", f"pool{index}"}:
-            hidden = self._normalized(f"conv{index}", index, x, train, hooks)
+            hidden = self._normalized(f"conv{index}", index, x, train, hooks, part)
             return hooked(hooks, f"pool{index}", hidden, max_pool_2x2(hidden))
         weighted = hooked(hooks, f"conv{index}", x, getattr(self, f"conv{index}")(x))
-        return getattr(self, f"norm{index}").relu_pool(weighted)
+        return getattr(self, f"norm{index}").relu_pool(weighted, part=part)
 
-    def _normalized(self, name: str, index: int, x: jax.Array, train: bool, hooks: Hooks) -> jax.Array:
+    def _normalized(self, name: str, index: int, x: jax.Array, train: bool, hooks: Hooks, part: Part) -> jax.Array:
         """Return relu(norm(layer(x))) for the layer `name` and the norm and relu of that index."""
         weighted = hooked(hooks, name, x, getattr(self, name)(x))
-        normalized = hooked(hooks, f"norm{index}", weighted, getattr(self, f"norm{index}")(weighted, train=train))
+        norm = getattr(self, f"norm{index}")
+        normalized = hooked(hooks, f"norm{index}", weighted, norm(weighted, train=train, part=part))
         return hooked(hooks, f"relu{index}", normalized, jax.nn.relu(normalized))
 
 
@@ -151,8 +157,9 @@ def apply(
     train: bool,
     dropout_key: Key[Array, ""] | None = None,
     hooks: Hooks = NO_HOOKS,
+    part: Part = WHOLE,
 ) -> tuple[Float[Array, "batch outputs"], dict]:
     """Return logits [batch, outputs] and the BatchNorm statistics after the call; a pure function of plain dicts."""
     model = nnx.merge(graphdef, params, batch_stats)
-    logits = model(images, train=train, dropout_key=dropout_key, hooks=hooks)
+    logits = model(images, train=train, dropout_key=dropout_key, hooks=hooks, part=part)
     return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

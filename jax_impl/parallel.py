@@ -1,14 +1,148 @@
-"""Where a program runs: the only file that names devices."""
+"""Where a program runs, and how a batch is divided there: the only file that names devices."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
 
 from spec.errors import UserError
 
 PLATFORMS = ("cpu", "gpu", "tpu")
+AXIS = "batch"
+
+Mode = Literal["jit", "sharded", "pmap"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a program, or each device's copy of it, sees of a batch of `size` examples that is divided into `parts`.
+
+    With a `sharding` the program sees the whole batch, of which every device has some rows; with an `axis` it is one
+    copy of `parts`, sees its own rows, and hears of the others' through the axis. A batch that does not divide is filled
+    up with rows that weigh nothing.
+    """
+
+    size: int = 0
+    parts: int = 1
+    axis: str | None = None
+    sharding: NamedSharding | None = None
+
+    @property
+    def padded(self) -> int:
+        """Return the rows of the batch, filled up."""
+        return -(-self.size // self.parts) * self.parts
+
+    def count(self, rows: int) -> int:
+        """Return the number of examples in the whole batch, of which `rows` are seen here."""
+        return self.size or rows
+
+    def rows(self, array: jax.Array) -> jax.Array:
+        """Return what is seen here of a batch's `array` [size, ...]: all of it, or this copy's rows; filled up."""
+        if self.padded > self.size:
+            array = jnp.pad(array, ((0, self.padded - self.size), *((0, 0),) * (array.ndim - 1)))
+        if self.sharding:
+            return lax.with_sharding_constraint(array, self.sharding)
+        if self.axis:
+            own = self.padded // self.parts
+            return lax.dynamic_slice_in_dim(array, lax.axis_index(self.axis) * own, own)
+        return array
+
+    def weights(self, dtype: DTypeLike) -> jax.Array | None:
+        """Return the weight of each row that is seen here, 1 on average over the batch; None where all weigh the same."""
+        if self.padded == self.size:
+            return None
+        return self.rows(jnp.full(self.size, self.padded / self.size, dtype))
+
+    def mean(self, tree: Any) -> Any:
+        """Return the mean over the parts of what each has found of its own rows."""
+        return lax.pmean(tree, self.axis) if self.axis else tree
+
+    def sum(self, tree: Any) -> Any:
+        """Return the sum over the parts of what each has found of its own rows."""
+        return lax.psum(tree, self.axis) if self.axis else tree
+
+    def gathered(self, array: jax.Array) -> jax.Array:
+        """Return all rows [size, ...] of what is known of those that are seen here."""
+        whole = lax.all_gather(array, self.axis, tiled=True) if self.axis else array
+        return whole[: self.size] if self.padded > self.size else whole
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The devices of a run, and what makes one program of them: `jit` on one device, `jit` over arrays that are sharded
+    (one program, divided by the compiler), or `pmap` (a program for each device, joined by collectives)."""
+
+    mode: Mode
+    devices: tuple[jax.Device, ...]
+
+    @classmethod
+    def single(cls, device: jax.Device) -> Placement:
+        """Return that of one device."""
+        return cls("jit", (device,))
+
+    @property
+    def replicated(self) -> Sharding:
+        """Return how an array lies whole on every device."""
+        if self.mode == "jit":
+            return jax.sharding.SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self._mesh, PartitionSpec())
+
+    def part(self, size: int) -> Part:
+        """Return how a batch of `size` examples is divided."""
+        if self.mode == "jit":
+            return WHOLE
+        if self.mode == "pmap":
+            return Part(size, len(self.devices), axis=AXIS)
+        return Part(size, len(self.devices), sharding=NamedSharding(self._mesh, PartitionSpec(AXIS)))
+
+    def put(self, tree: Any) -> Any:
+        """Return the arrays of a tree, whole on every device."""
+        return jax.device_put(tree, self.replicated)
+
+    def shape(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """Return what stands for an array that is whole on every device."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+
+    def compiled(self, function: Callable, *arguments: Any, donates: bool = False) -> Callable:
+        """Return `function`, of arrays that are whole on every device to such arrays, compiled for `arguments`; with
+        `donates` the first one's memory is given away."""
+        if self.mode == "pmap":
+            return self._pmapped(function, arguments, donates)
+        outs = {} if self.mode == "jit" else {"out_shardings": self.replicated}
+        return jax.jit(function, donate_argnums=(0,) * donates, **outs).lower(*arguments).compile()
+
+    def _pmapped(self, function: Callable, arguments: Sequence[Any], donates: bool) -> Callable:
+        ranks = np.arange(len(self.devices), dtype=np.int32)  # pmap wants an argument to go by
+
+        def on_each(rank: jax.Array, *arguments: Any) -> Any:
+            return function(*arguments)
+
+        mapped = jax.pmap(
+            on_each,
+            axis_name=AXIS,
+            in_axes=(0, *(None for _ in arguments)),
+            out_axes=None,
+            devices=self.devices,
+            donate_argnums=(1,) * donates,
+        )
+        program = mapped.lower(ranks, *arguments).compile()
+        return lambda *given: program(ranks, *given)
+
+    @property
+    def _mesh(self) -> Mesh:
+        return Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def select_device(platform: str | None) -> jax.Device:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_impl.models import NO_HOOKS, Hooks, apply
 from jax_impl.objective import example_losses, predictions
+from jax_impl.parallel import WHOLE, Part
 from spec.recipe import Loss
 
 
@@ -45,19 +46,40 @@ EvalStep = Callable[[TrainState, jax.Array, jax.Array], ExampleMetrics]
 
 
 def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Gradients:
-    """Return the function of (params, batch_stats, images [batch, ...], labels [batch] int32, dropout key, hooks) to
-    (grads, (batch_stats, metrics)): the gradient of the batch's objective, and what else the forward pass gave.
+    """Return the function of (params, batch_stats, images [batch, ...], labels [batch] int32, dropout key, hooks, part)
+    to (grads, (batch_stats, metrics)): the gradient of the batch's objective, and what else the forward pass gave.
 
     `dtype` is that of the forward and backward pass; parameters keep their own. `hooks` are those of `models.apply`.
+    Given images and labels that are a `part` of a batch, all that is returned is of the whole batch (S11).
     """
 
-    def objective(params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, key: jax.Array, hooks: Hooks):
+    def objective(
+        params: dict,
+        batch_stats: dict,
+        images: jax.Array,
+        labels: jax.Array,
+        key: jax.Array,
+        hooks: Hooks = NO_HOOKS,
+        part: Part = WHOLE,
+    ):
         logits, batch_stats = apply(
-            graphdef, _cast(params, dtype), batch_stats, images.astype(dtype), train=True, dropout_key=key, hooks=hooks
+            graphdef,
+            _cast(params, dtype),
+            batch_stats,
+            images.astype(dtype),
+            train=True,
+            dropout_key=key,
+            hooks=hooks,
+            part=part,
         )
         losses = example_losses(_at_least_float32(logits), labels, loss)
-        objective = losses.sum() if loss.reduction == "sum" else losses.mean()
-        metrics = StepMetrics(losses.mean(), jnp.sum(predictions(logits) == labels, dtype=jnp.int32))
+        right = predictions(logits) == labels
+        weights = part.weights(losses.dtype)
+        if weights is not None:
+            losses, right = losses * weights, right & (weights > 0)
+        mean = losses.mean()
+        objective = mean * part.size / part.parts ...
+        metrics = StepMetrics(mean, jnp.sum(right, dtype=jnp.int32))
         return objective, (batch_stats, metrics)
 
     return jax.grad(objective, has_aux=True)
