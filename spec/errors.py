@@ -13,6 +13,8 @@ from typing import NoReturn
 from spec.signals import Stopped, raise_on_signals
 
 LONGEST_LINE = 2_000  # letters of a line of a message
+MOST_LINES = 10
+MOST_LISTED = 500  # lines of a message that lists all there is, as that of a state that does not fit a network
 
 
 class UserError(Exception):
@@ -28,7 +30,7 @@ class DataError(UserError):
 
 
 class StateError(UserError):
-    """A network's or an optimiser's state does not fit: names, shapes or numbers."""
+    """A network's or an optimiser's state does not fit: names, shapes or numbers, all of them a line each."""
 
 
 class RunDirectoryError(UserError):
@@ -94,9 +96,11 @@ def python_command() -> str:
     return sys.executable if relative.startswith("..") else relative
 
 
-def _lines(message: str, *, most: int = 10) -> list[str]:
+def _lines(message: str, *, most: int) -> list[str]:
+    """Return the lines of a message; if there are more than `most`, the first ones and the last, which is the mend."""
     lines = [shown(line, most=LONGEST_LINE) for line in message.split("\n")]
-    return lines if len(lines) <= most else [*lines[: most - 1], "..."]
+    left_out = len(lines) - most + 1
+    return lines if left_out <= 1 else [*lines[: most - 2], f"... {left_out:,} lines more", lines[-1]]
 
 
 def exit_status(program: Callable[[], None]) -> int:
@@ -106,7 +110,8 @@ def exit_status(program: Callable[[], None]) -> int:
         program()
         print(end="", flush=True)
     except UserError as error:
-        print("\n".join(_lines(f"error: {error}")), file=sys.stderr)
+        most = MOST_LISTED if isinstance(error, StateError) else MOST_LINES
+        print("\n".join(_lines(f"error: {error}", most=most)), file=sys.stderr)
         return 2
     except MemoryError as error:
         print(f"error: not enough memory ({error}); use a smaller batch, network or data set", file=sys.stderr)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from spec.errors import UserError
@@ -55,6 +57,11 @@ def _write_beside(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def is_leftover(name: str, *, of: Iterable[str]) -> bool:
+    """Return whether a file of that name is what a killed process left half-written of one of the files `of`."""
+    return any(re.fullmatch(re.escape(_prefix(Path(file))) + "[a-z0-9_]{8}", name) for file in of)
 
 
 def _prefix(path: Path) -> str:

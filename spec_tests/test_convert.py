@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -210,6 +211,23 @@ def test_every_mismatch_of_a_state_dict_is_listed_at_once(misfit, tmp_path):
     lines = [line for line in ended.err.splitlines() if said in line]
     assert len(lines) == 4
     assert all(any(line.startswith(f"  {name} ") for line in lines) for name in state)
+
+
+@pytest.mark.parametrize("command", [JAX, TORCH])
+def test_every_name_of_a_large_network_is_printed_and_the_mend_comes_last(command, tmp_path):
+    of = recipe.load("cnn")
+    save_file({f"unknown{index}": np.zeros(1, np.float32) for index in range(30)}, tmp_path / "x.safetensors")
+    arguments = [tmp_path / "x.safetensors", tmp_path / "run", "--recipe", "cnn"]
+    lines = call(command, *arguments).err.splitlines()
+    for name in [*params.state_shapes(conversion.leaves_of(of)), *(f"unknown{index}" for index in range(30))]:
+        assert sum(line.startswith(f"  {name} ") for line in lines) == 1, name
+    assert not lines[-1].startswith("  ")
+    many = {f"unknown{index}": np.zeros(1, np.float32) for index in range(1_000)}
+    save_file(many, tmp_path / "x.safetensors")
+    cut = call(command, *arguments).err.splitlines()
+    assert len(cut) == 500
+    assert re.fullmatch(r"\.\.\. [0-9,]+ lines more", cut[-2])
+    assert cut[-1] == lines[-1]
 
 
 class Untrusted:

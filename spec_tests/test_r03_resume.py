@@ -117,10 +117,11 @@ def states(found: Checkpoint, framework: str) -> dict[str, tuple]:
 
 @both
 def test_a_run_stopped_after_each_of_its_40_steps_is_the_unbroken_one(
-    framework, trainer_command, tmp_path, stops_after, counted
+    framework, trainer_command, tmp_path, stops_after, counted, monkeypatch
 ):
-    stops_after(0)
-    assert trainer_command(*FLAGS, "--out", tmp_path / "whole", framework=framework).status == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "Pace", Pace)  # the unbroken run takes as many steps at a time as any
+        assert trainer_command(*FLAGS, "--out", tmp_path / "whole", framework=framework).status == 0
     broken = tmp_path / "broken"
     for step in range(1, STOPS + 1):
         stops_after(step)
@@ -221,6 +222,9 @@ def test_the_last_ones_are_kept_and_the_best_and_a_stop_changes_no_score(
 
     monkeypatch.setattr(MODULES[framework].Trainer, "evaluate", evaluated)
     flags = [*FLAGS, "--keep-checkpoints", "2", "--checkpoint-every", "epoch", "--out", run]
+    stops_after(19)
+    assert trainer_command(*flags, framework=framework).status == 143
+    assert checkpoints.verify(run / "checkpoints" / "00000019").manifest["score"] is None
     stops_after(0)
     assert trainer_command(*flags, framework=framework).status == 0
     there = {int(path.name): checkpoints.verify(path).manifest["score"] for path in (run / "checkpoints").iterdir()}
@@ -401,3 +405,67 @@ def test_a_run_is_not_gone_on_with_by_the_other_framework(trainer_command, tmp_p
     refused = trainer_command(*FLAGS, "--out", tmp_path / "run", framework="torch")
     assert (refused.status, refused.err.count("\n")) == (2, 1)
     assert "is a run of jax, and this is torch; go on with the other trainer, or name another --out" in refused.err
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", b"{}"),
+        ("summary.json", b'{"steps": 1}'),
+        ("summary.json", b"[1"),
+        ("weights.safetensors", None),
+    ],
+)
+def test_an_outcome_that_is_not_whole_is_made_again_from_the_last_checkpoint(
+    name, content, framework, trainer_command, tmp_path, stops_after
+):
+    run = tmp_path / "run"
+    stops_after(0)
+    flags = [*FLAGS[:-1], "--epochs", "1", "--out", run]
+    assert trainer_command(*flags, framework=framework).status == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
+    ended = trainer_command(*flags, framework=framework)
+    assert ended.status == 0, ended.err
+    assert f"going on from {run / 'checkpoints' / '00000008'}, epoch 2, step 0" in ended.out
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert after["weights.safetensors"] == before["weights.safetensors"]
+    assert after["metrics.jsonl"] == before["metrics.jsonl"]
+    assert json.loads(after["summary.json"])["test_accuracy"] == json.loads(before["summary.json"])["test_accuracy"]
+
+
+@pytest.mark.parametrize("recipe", ["x", 1, None, ["mlp128"]])
+def test_a_config_whose_recipe_is_no_table_is_a_short_error(recipe, trainer_command, tmp_path, stops_after):
+    run = tmp_path / "run"
+    stops_after(3)
+    assert trainer_command(*FLAGS, "--out", run, framework="torch").status == 143
+    config = json.loads((run / "config.json").read_text()) | {"recipe": recipe}
+    (run / "config.json").write_text(json.dumps(config))
+    ended = trainer_command(*FLAGS, "--out", run, framework="torch")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert f"{run / 'config.json'} cannot be read: its recipe is no table; name another --out" in ended.err
+
+
+def test_what_a_killed_process_left_of_a_file_goes_and_is_no_reason_to_refuse(trainer_command, tmp_path, stops_after):
+    run = tmp_path / "run"
+    stops_after(3)
+    assert trainer_command(*FLAGS, "--out", run, framework="torch").status == 143
+    left = [".weights.safetensors.z3vflau1", ".config.json.a_b_c_d_", ".metrics.jsonl.12345678", "..lock.json.abcdefgh"]
+    mine = [".config.json.backup-of-mine", "notes.txt"]
+    for name in [*left, *mine]:
+        (run / name).write_text("cut sho")
+    (run / ".checkpoints.old").mkdir()
+    stops_after(0)
+    assert trainer_command(*FLAGS, "--out", run, framework="torch").status == 0
+    names = {path.name for path in run.iterdir()}
+    assert not names & {*left, ".checkpoints.old"}
+    assert names >= set(mine)
+    for name in mine:
+        (run / name).unlink()
+    for name in left:
+        (run / name).write_text("cut sho")
+    assert trainer_command(*FLAGS, "--overwrite", "--out", run, framework="torch").status == 0
+    assert not {path.name for path in run.iterdir()} & set(left)

@@ -15,6 +15,9 @@ from safetensors.numpy import load_file
 from spec import oracle, params, recipe
 from spec.batches import epoch_order
 from spec.run import checkpoints, faults
+from spec.run.history import Position, StepsDone
+from spec.run.pace import Pace
+from spec.run.session import Session
 from spec_tests.assertions import assert_within
 from spec_tests.conftest import FRAMEWORKS
 from spec_tests.tolerances import run_bound
@@ -190,10 +193,22 @@ def softmax_regression_without_the_bad_steps() -> tuple[dict, dict]:
 
 
 @both
-def test_where_every_step_is_skipped_the_initial_state_stays_bit_for_bit(framework, trainer_command, tmp_path, counted):
-    run = tmp_path / "run"
-    ended = trainer_command(*flags(EveryUpdateOverflows, run, on_nonfinite="skip"), framework=framework)
+def test_where_every_step_is_skipped_the_initial_state_stays_bit_for_bit(
+    framework, trainer_command, tmp_path, counted, monkeypatch
+):
+    run, states, save = tmp_path / "run", [], Session._save
+
+    def seen(self: Session, **how: bool) -> None:
+        states.append(self.trainer.named(self.trainer.snapshot()))
+        save(self, **how)
+
+    monkeypatch.setattr(Session, "_save", seen)
+    more = ["--momentum", "0.9"]  # whose buffers would stay finite where the weights would not
+    ended = trainer_command(*flags(EveryUpdateOverflows, run, on_nonfinite="skip"), *more, framework=framework)
     assert ended.status == 0, ended.err
+    buffers = [state[f"optimizer.momentum_buffer.linear1.{name}"] for state in states for name in ("weight", "bias")]
+    assert len(buffers) >= 2 * EPOCHS
+    assert not any(buffer.any() for buffer in buffers)
     initial = initial_state()
     found = load_file(run / "weights.safetensors")
     assert {name: array.tobytes() for name, array in found.items()} == {
@@ -328,3 +343,43 @@ def test_a_signal_is_heard_while_the_faulty_step_is_looked_for(framework, traine
     ended = trainer_command(*flags(OneOverflows, tmp_path / "run"), framework=framework)
     assert ended.status == 143
     assert "stopped while looking for the step of epoch 1 after which a number is not finite" in ended.err
+
+
+class Counter:
+    """A trainer whose state is the number of its steps, spoiled by the one of index `bad`; None is none."""
+
+    def __init__(self, bad: int | None) -> None:
+        self.bad, self.steps = bad, 0
+
+    def launch(self, epoch: int, start: int, stop: int):
+        assert start == self.steps
+        self.steps = stop
+        sound = self.bad is None or stop <= self.bad
+        losses = np.arange(start, stop, dtype=np.float32)
+        return lambda: StepsDone(
+            epoch=epoch, start=start, stop=stop, losses=losses, num_correct=np.zeros(stop - start), finite=sound
+        )
+
+    def snapshot(self) -> int:
+        return self.steps
+
+    def restore(self, snapshot: int) -> None:
+        self.steps = snapshot
+
+    def named(self, snapshot: int) -> dict[str, np.ndarray]:
+        return {"count": np.array(np.nan if self.bad is not None and snapshot > self.bad else snapshot)}
+
+
+@pytest.mark.parametrize("steps", [1, 5, 64])
+@pytest.mark.parametrize("bad", [3, 4, 31, 32, 33, 57, 63])
+def test_the_faulty_step_of_a_long_call_is_found_by_halves_with_the_state_before_it(bad, steps):
+    found = faults.find(Counter(bad), 3, Position(2, 3), Position(2, 64), Pace(steps=steps))
+    assert found == faults.Fault(epoch=2, step=bad, loss=float(bad), leaf="count", snapshot=bad)
+
+
+def test_a_fault_that_does_not_come_again_is_said(trainer_command, tmp_path, monkeypatch):
+    assert faults.find(Counter(None), 3, Position(2, 3), Position(2, 64), Pace(steps=5)) is None
+    monkeypatch.setattr(faults, "find", lambda *_: None)
+    ended = trainer_command(*flags(OneOverflows, tmp_path / "run"), framework="torch")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "were when the steps were done again: this device does not repeat itself; it diverged" in ended.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -91,4 +93,13 @@ def test_a_holder_that_cannot_be_read_is_another_process(tmp_path):
     with lock.RunLock(tmp_path):
         (tmp_path / lock.HOLDER).write_bytes(b"\xff not json")
         with pytest.raises(RunDirectoryError, match="is being written by another process; wait"):
+            lock.RunLock(tmp_path)
+
+
+def test_who_takes_a_stale_lock_over_is_the_one_that_others_are_told_of(tmp_path):
+    dead = {"process": 999_999_999, "host": "elsewhere", "since": "then", "command": "a dead one"}
+    (tmp_path / lock.HOLDER).write_text(json.dumps(dead))
+    with lock.RunLock(tmp_path) as held:
+        assert "process 999999999 on elsewhere since then (a dead one)" in held.stale
+        with pytest.raises(RunDirectoryError, match=f"is being written by process {os.getpid()} on "):
             lock.RunLock(tmp_path)

@@ -15,7 +15,9 @@ from spec.batches import Counts
 
 
 class Display:
-    """Shows the figures of `spec.run.history`; never reads or changes them."""
+    """Shows the figures of `spec.run.history`; never reads or changes them. `OUTCOME` is what its last line takes."""
+
+    OUTCOME = ("recipe", "steps", "seconds", "compile_seconds", "train_accuracy", "test_accuracy")
 
     def __init__(self, *, quiet: bool, console: Console | None = None) -> None:
         self.quiet = quiet

@@ -37,9 +37,9 @@ def is_sound(done: StepsDone) -> bool:
     return done.finite and bool(np.isfinite(done.losses).all())
 
 
-def find(trainer: Trainer, snapshot: Any, good: Position, bad: Position, pace: Pace) -> Fault:
+def find(trainer: Trainer, snapshot: Any, good: Position, bad: Position, pace: Pace) -> Fault | None:
     """Return the first fault between two positions of an epoch, the trainer sound at `good` with that `snapshot`, and
-    no longer at `bad`.
+    no longer at `bad`; None where all is sound when it is done again, on a device that does not repeat itself.
 
     The steps are done again, a call of the pace's length at a time, then half of what is left of the faulty call:
     looking for a fault costs nothing until there is one. Leaves the trainer as it is after the faulty step. Raises
@@ -56,6 +56,8 @@ def find(trainer: Trainer, snapshot: Any, good: Position, bad: Position, pace: P
             break
         pace.took(high - low, time.perf_counter() - began)
         low, snapshot = high, trainer.snapshot()
+    if low == high:
+        return None
     while high - low > 1:
         middle = (low + high) // 2
         trainer.restore(snapshot)

@@ -36,7 +36,7 @@ def run(flags: Flags, implementation: Implementation) -> Mapping:
             display.warning(line)
         for line in start.lines:
             display.line(line)
-        if start.summary:
+        if start.summary is not None:
             display.last_line(start.summary, start.out)
             return start.summary
         return _run(flags, implementation, start, display)

@@ -15,8 +15,9 @@ from spec.files import expanded
 from spec.recipe import to_mapping
 from spec.run import checkpoints, run_directory
 from spec.run.checkpoints import Checkpoint, recipe_hash
+from spec.run.display import Display
 from spec.run.lock import RunLock
-from spec.run.run_directory import CONFIG, SUMMARY
+from spec.run.run_directory import CONFIG, SUMMARY, WEIGHTS
 
 # What a state or a place in an epoch depends on.
 FIXED = ("seed", "data", "batch_size", "last_batch", "model", "precision")
@@ -140,6 +141,8 @@ def _few(listed: str) -> str:
 def _config(run: Path) -> dict[str, Any]:
     try:
         config = json.loads((run / CONFIG).read_text("utf-8"))
+        if not isinstance(config["recipe"], Mapping):
+            raise TypeError("its recipe is no table")
         return {name: config[name] for name in ("recipe", "framework", "versions")} | config
     except KeyError as error:
         raise RunDirectoryError(
@@ -150,11 +153,14 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _summary(run: Path) -> dict[str, Any] | None:
-    """Return the summary of a run that ended; None where there is none, or one that cannot be read."""
+    """Return the summary of a run that ended; None where it is not there, or not whole, or its weights are gone: the
+    last checkpoint gives both again."""
     try:
-        return json.loads((run / SUMMARY).read_text("utf-8"))
+        summary = json.loads((run / SUMMARY).read_text("utf-8"))
     except (OSError, ValueError):
         return None
+    whole = isinstance(summary, Mapping) and summary.keys() >= set(Display.OUTCOME) | {"weights_sha256"}
+    return summary if whole and (summary["weights_sha256"] is None or (run / WEIGHTS).is_file()) else None
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from spec.errors import RunDirectoryError
-from spec.files import write_atomic
+from spec.files import is_leftover, write_atomic
 from spec.run import checkpoints
 from spec.run.lock import HOLDER, LOCK, RunLock
 from spec.weights import to_safetensors
@@ -64,7 +64,12 @@ def contents(path: Path) -> list[str]:
 
     Raises RunDirectoryError when it cannot be read.
     """
-    return sorted(item.name for item in _listing(path) if item.name not in (LOCK, HOLDER, ASIDE))
+    return sorted(item.name for item in _listing(path) if item.name not in (LOCK, HOLDER) and not _is_left(item.name))
+
+
+def _is_left(name: str) -> bool:
+    """Return whether a killed process left it."""
+    return name == ASIDE or is_leftover(name, of=(*CONTENT, HOLDER))
 
 
 class RunDirectory:
@@ -94,8 +99,7 @@ class RunDirectory:
         with self.explained():
             self.path.mkdir(parents=True, exist_ok=True)
             self.held = held or RunLock(self.path)
-            # What a run left that was killed before it took the old one's place.
-            shutil.rmtree(place.with_name(f".{place.name}.new"), ignore_errors=True)
+            self._clean()
             self.folder.mkdir(exist_ok=True)
 
     def __enter__(self) -> RunDirectory:
@@ -107,6 +111,15 @@ class RunDirectory:
         if self._replaces:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.held.release()
+
+    def _clean(self) -> None:
+        """Remove what killed processes left: a run that was to take this one's place, and files half-written."""
+        place = self.path.absolute()
+        shutil.rmtree(place.with_name(f".{place.name}.new"), ignore_errors=True)
+        shutil.rmtree(place / ASIDE, ignore_errors=True)
+        for item in _listing(place):
+            if _is_left(item.name):
+                item.unlink(missing_ok=True)
 
     @property
     def _replaces(self) -> bool:

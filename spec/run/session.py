@@ -160,6 +160,11 @@ class Session:
         except Cancelled:
             message = f"stopped while looking for the step of epoch {bad.epoch} after which a number is not finite"
             raise Stopped(self.request.number, message) from None
+        if fault is None:
+            raise DivergedError(
+                f"a number was not finite by epoch {bad.epoch}, step {bad.step - 1}, and all were when the steps were "
+                f"done again: this device does not repeat itself; {mend(self.recipe)}"
+            )
         dumped = ""
         if self.flags.dump_nonfinite:
             arrays = {**self.trainer.named(fault.snapshot), **faults.batch(self.recipe, self.dataset, fault)}
