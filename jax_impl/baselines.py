@@ -24,7 +24,7 @@ import optax
 from flax import nnx
 
 from jax_impl.convert import from_canonical
-from jax_impl.parallel import PLATFORMS, select_device
+from jax_impl.parallel import PLATFORMS, Placement, select_device
 from jax_impl.profile import operation_seconds
 from jax_impl.stepper import Stepper
 from spec import bench_worker, datasets, params
@@ -61,7 +61,7 @@ class Ours:
 
     def _start(self, recipe: Recipe) -> Stepper:
         runs = self.seeds and [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(self.seeds)]
-        return Stepper(recipe, self.dataset, self.device, runs=runs)
+        return Stepper(recipe, self.dataset, Placement.single(self.device), runs=runs)
 
 
 class Stock:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
+from jax_impl.parallel import WHOLE, Part
 from jax_impl.step import EvalStep, ExampleMetrics, StepMetrics, TrainState, TrainStep, all_finite
 from spec.batches import Counts
 
@@ -40,13 +41,16 @@ RunSteps = Callable[[TrainState, DeviceSplit, jax.Array, Span, jax.Array], tuple
 Evaluate = Callable[[TrainState, DeviceSplit], ExampleMetrics]
 
 
-def make_run_steps(train_step: TrainStep, counts: Counts) -> RunSteps:
+def make_run_steps(
+    train_step: TrainStep, counts: Counts, part_of: Callable[[int], Part] = lambda size: WHOLE
+) -> RunSteps:
     """Return the function (state, split, order [n] int32, span, seed uint32) -> (state, metrics [steps_per_epoch],
     whether every number of the state is finite after the last step, bool).
 
     It runs any span of an epoch's steps: the whole epoch in one call, or a part for a progress line, with the same
     values. Batch i holds examples order[i B : (i+1) B]; a short last batch is a step of its own size (S2). Metrics
-    outside the span are 0. Step k of epoch e drops units by the key fold(fold(seed, e), k).
+    outside the span are 0. Step k of epoch e drops units by the key fold(fold(seed, e), k). `part_of` says how a batch
+    of a size is divided.
     """
     full = counts.full_steps * counts.batch_size
 
@@ -59,7 +63,9 @@ def make_run_steps(train_step: TrainStep, counts: Counts) -> RunSteps:
         def step_on(step: jax.Array, batch: jax.Array, carry: tuple[TrainState, StepMetrics]):
             state, collected = carry
             key = jax.random.fold_in(epoch_key, step)
-            state, metrics = train_step(state, split.images(split.inputs[batch]), split.labels[batch], key)
+            part = part_of(len(batch))
+            rows = part.rows(batch)
+            state, metrics = train_step(state, split.images(split.inputs[rows]), split.labels[rows], key, part=part)
             return state, jax.tree.map(lambda all_, one: all_.at[step].set(one), collected, metrics)
 
         carry = (state, _no_metrics(train_step, state, split, counts))
@@ -82,22 +88,28 @@ def make_run_steps(train_step: TrainStep, counts: Counts) -> RunSteps:
     return run_steps
 
 
-def make_evaluate(eval_step: EvalStep, num_examples: int, batch_size: int) -> Evaluate:
-    """Return the function (state, split) -> metrics [num_examples]: every example once, none dropped (S8)."""
+def make_evaluate(
+    eval_step: EvalStep, num_examples: int, batch_size: int, part_of: Callable[[int], Part] = lambda size: WHOLE
+) -> Evaluate:
+    """Return the function (state, split) -> metrics [num_examples]: every example once, none dropped (S8).
+
+    `part_of` says how a batch of a size is divided.
+    """
     num_batches = num_examples // batch_size
     full = num_batches * batch_size
 
     def evaluate(state: TrainState, split: DeviceSplit) -> ExampleMetrics:
-        def of_batch(start: jax.Array) -> ExampleMetrics:
-            inputs, labels = (lax.dynamic_slice_in_dim(array, start, batch_size) for array in split[:2])
-            return eval_step(state, split.images(inputs), labels)
+        def of_batch(start: jax.Array, size: int = batch_size) -> ExampleMetrics:
+            part = part_of(size)
+            inputs, labels = (part.rows(lax.dynamic_slice_in_dim(array, start, size)) for array in split[:2])
+            return jax.tree.map(part.gathered, eval_step(state, split.images(inputs), labels))
 
         parts = []
         if num_batches:
             stacked = lax.map(of_batch, jnp.arange(num_batches, dtype=jnp.int32) * batch_size)
             parts.append(jax.tree.map(lambda array: array.reshape(full), stacked))
         if full < num_examples:
-            parts.append(eval_step(state, split.images(split.inputs[full:]), split.labels[full:]))
+            parts.append(of_batch(jnp.int32(full), num_examples - full))
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
     return evaluate

@@ -21,7 +21,7 @@ from spec.recipe import Recipe
 
 
 def evaluate(
-    recipe: Recipe, dataset: Dataset, state: Mapping[str, np.ndarray], device: jax.Device
+    recipe: Recipe, dataset: Dataset, state: Mapping[str, np.ndarray], placement: Placement
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the loss [n] in nats and the predicted class [n] of each example of the raw test split, by the program
     that a run evaluates itself with."""
@@ -30,17 +30,17 @@ def evaluate(
     leaves = params.leaves(recipe.model, size.input_shape, outputs)
     graphdef = models.graph(recipe.model, size.input_shape, outputs)
     with precision_scope(recipe.precision):
-        trained, batch_stats = from_canonical(state, leaves, dtype=stored_dtype(recipe.precision), device=device)
+        trained, batch_stats = from_canonical(state, leaves, dtype=stored_dtype(recipe.precision), device=placement.replicated)
         eval_step = make_eval_step(graphdef, recipe.loss, jnp.dtype(recipe.precision))
         program = jax.jit(make_evaluate(eval_step, size.num_test, recipe.batch_size))
-        _, test_split = put(dataset, recipe.preprocessing, device)
+        _, test_split = put(dataset, recipe.preprocessing, placement)
         metrics = program(TrainState(trained, batch_stats, ()), test_split)
     wait(metrics)
     return np.asarray(metrics.loss), np.asarray(metrics.prediction)
 
 
 def logits(
-    recipe: Recipe, inputs: np.ndarray, num_classes: int, state: Mapping[str, np.ndarray], device: jax.Device
+    recipe: Recipe, inputs: np.ndarray, num_classes: int, state: Mapping[str, np.ndarray], placement: Placement
 ) -> np.ndarray:
     """Return the logits [n, outputs], float64, of preprocessed `inputs` [n, ...] float32, a batch at a time."""
     outputs = params.num_outputs(recipe, num_classes)
@@ -50,9 +50,9 @@ def logits(
     size = min(recipe.batch_size, len(inputs))
     padding = np.zeros((-len(inputs) % size, *inputs.shape[1:]), inputs.dtype)  # every batch has one shape
     with precision_scope(recipe.precision):
-        trees = from_canonical(state, leaves, dtype=stored_dtype(recipe.precision), device=device)
+        trees = from_canonical(state, leaves, dtype=stored_dtype(recipe.precision), device=placement.replicated)
         trained = jax.tree.map(lambda leaf: leaf.astype(dtype), trees[0])
         forward = jax.jit(lambda *of: models.apply(graphdef, *of, train=False)[0])
         batches = np.concatenate([inputs, padding]).reshape(-1, size, *inputs.shape[1:])
-        found = [forward(trained, trees[1], jax.device_put(batch, device).astype(dtype)) for batch in batches]
+        found = [forward(trained, trees[1], placement.put(batch).astype(dtype)) for batch in batches]
         return np.concatenate([np.asarray(one, np.float64) for one in found])[: len(inputs)]

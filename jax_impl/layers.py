@@ -97,7 +97,7 @@ def _count(x: jax.Array, part: Part) -> int:
     return part.count(x.shape[0]) * math.prod(x.shape[1:-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalize_batch(
     part: Part, x: Float[Array, "*axes features"], scale: Float[Array, " features"], bias: Float[Array, " features"]
 ) -> tuple[Float[Array, "*axes features"], Float[Array, " features"], Float[Array, " features"]]:
@@ -127,8 +127,8 @@ def _normalize_backward(part: Part, saved: tuple, grads: tuple) -> tuple[jax.Arr
 
 
 def _of_batch(sums: tuple[jax.Array, ...], x: jax.Array, part: Part) -> tuple[jax.Array, ...]:
-    """Return the means over the whole batch of what was summed over the rows of `x`."""
-    count = _count(x, part)
+    """Return the means over the whole batch, filled up, of what was summed over the rows of `x`."""
+    count = (part.padded or x.shape[0]) * math.prod(x.shape[1:-1])
     return tuple(total / count for total in part.sum(sums))
 
 
@@ -161,7 +161,7 @@ def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h
     return _first_maximum(_windows(x))[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def normalize_relu_pool(
     part: Part,
     x: Float[Array, "batch h w channels"],

@@ -43,10 +43,10 @@ OF_ONE_RUN = ("resume", "resume_with_changes", "checkpoint_every", "keep_checkpo
 
 
 class ManyTrainer(Stepper):
-    """Runs of `recipes`, which share a program (`program_key`), over `dataset`, compiled and ready on `device`."""
+    """Runs of `recipes`, which share a program (`program_key`), over `dataset`, compiled and ready where `placement` says."""
 
-    def __init__(self, recipes: Sequence[Recipe], dataset: Dataset, device: jax.Device) -> None:
-        super().__init__(recipes[0], dataset, device, runs=recipes)
+    def __init__(self, recipes: Sequence[Recipe], dataset: Dataset, placement: Placement) -> None:
+        super().__init__(recipes[0], dataset, placement, runs=recipes)
         self.recipes = recipes
 
     def events(self) -> Iterator[tuple[int, Event]]:
@@ -96,7 +96,7 @@ def run(flags: ManyFlags) -> dict:
         for setting, seed in itertools.product(settings, seeds)
     ]
     _check(flags)
-    device = IMPLEMENTATION.select_device(flags.platform)
+    placement = IMPLEMENTATION.select_device(flags.platform)
     datasets = {
         data: IMPLEMENTATION.load(data, data_dir=flags.data_dir, data_source=flags.data_source)
         for data in dict.fromkeys(setting.recipe.data for setting in settings)
@@ -107,8 +107,8 @@ def run(flags: ManyFlags) -> dict:
     place = flags.out or run_directory.claim(f"{flags.config.name}-{'sweep' if flags.sweep else 'seeds'}")
     display.line(f"{flags.config.name}: {flags.config.description}")
     start = time.perf_counter()
-    summaries = _train_all(runs, datasets, device, place, flags, display)
-    report = _report(flags, settings, seeds, summaries) | origin(IMPLEMENTATION, device)
+    summaries = _train_all(runs, datasets, placement, place, flags, display)
+    report = _report(flags, settings, seeds, summaries) | origin(IMPLEMENTATION, placement)
     report["seconds"] = time.perf_counter() - start
     _write(report, place, chart=bool(flags.sweep))
     _show(report, place, display)
@@ -118,7 +118,7 @@ def run(flags: ManyFlags) -> dict:
 def _train_all(
     runs: Sequence[tuple[Setting, Recipe]],
     datasets: Mapping[Data, Dataset],
-    device: jax.Device,
+    placement: Placement,
     place: Path,
     flags: ManyFlags,
     display: Display,
@@ -127,7 +127,7 @@ def _train_all(
     groups: dict[Recipe, list[int]] = {}
     for index, (_, recipe) in enumerate(runs):
         groups.setdefault(program_key(recipe), []).append(index)
-    made_by = origin(IMPLEMENTATION, device)
+    made_by = origin(IMPLEMENTATION, placement)
     programs = f"{counted(len(runs), 'run')} in {counted(len(groups), 'program')}"
     display.line(f"{programs} on {made_by['devices'][0]}, written in {place}")
     folder_names, summaries = _folder_names(runs), {}
@@ -139,7 +139,7 @@ def _train_all(
         folders = [place / folder_names[index] for index in members]
         with IMPLEMENTATION.memory_explained():
             with display.waiting("compiling ..."):
-                trainer = ManyTrainer(recipes, datasets[recipes[0].data], device)
+                trainer = ManyTrainer(recipes, datasets[recipes[0].data], placement)
             configs = [config(recipe, flags, made_by) for recipe in recipes]
             done = _train(trainer, configs, folders, made_by, display)
         summaries |= dict(zip(members, done, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,11 @@ class Part:
     def padded(self) -> int:
         """Return the rows of the batch, filled up."""
         return -(-self.size // self.parts) * self.parts
+
+    @property
+    def filled(self) -> float:
+        """Return the share of the rows that are examples."""
+        return self.size / self.padded if self.size else 1.0
 
     def count(self, rows: int) -> int:
         """Return the number of examples in the whole batch, of which `rows` are seen here."""
@@ -86,6 +92,7 @@ class Placement:
 
     mode: Mode
     devices: tuple[jax.Device, ...]
+    uneven: str = "pad"
 
     @classmethod
     def single(cls, device: jax.Device) -> Placement:
@@ -98,6 +105,21 @@ class Placement:
         if self.mode == "jit":
             return jax.sharding.SingleDeviceSharding(self.devices[0])
         return NamedSharding(self._mesh, PartitionSpec())
+
+    def described(self) -> list[str]:
+        """Return the devices' names: `cpu:cpu:0`."""
+        return [f"{device.platform}:{device.device_kind}:{device.id}" for device in self.devices]
+
+    def check_divides(self, sizes: Sequence[int]) -> None:
+        """Raise UserError for a batch of one of these sizes that has fewer examples than there are devices, or that is
+        uneven and to be refused."""
+        parts = len(self.devices)
+        for size in sizes:
+            if size < parts:
+                raise UserError(f"a batch of {size} is less than {parts} devices; use --devices {size} or less")
+            if size % parts and self.uneven == "refuse":
+                lower, upper = size // parts * parts, -(-size // parts) * parts
+                raise UserError(f"batch_size {size} is not divisible by {parts} devices; use {lower} or {upper}")
 
     def part(self, size: int) -> Part:
         """Return how a batch of `size` examples is divided."""
@@ -145,15 +167,48 @@ class Placement:
         return Mesh(np.array(self.devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def place(
+    platform: str | None, *, parallel: Mode | None = None, devices: int | None = None, uneven: str = "pad"
+) -> Placement:
+    """Return where a run is placed: on `devices` of the platform's, all of an accelerator's and one CPU unless given.
+
+    A CPU is as many devices as one asks for, each with its own copy of everything. Raises UserError for what there is
+    not.
+    """
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices {devices} are none; use 1 at least")
+    if devices is not None and devices > 1 and parallel == "jit":
+        raise UserError(f"--parallel jit is for one device, and --devices is {devices}; use sharded or pmap")
+    if devices is not None:
+        _split_cpu(devices)
+    there = _devices(platform)
+    wanted = devices or (1 if there[0].platform == "cpu" or parallel == "jit" else len(there))
+    if wanted > len(there):
+        names = f"{len(there)} {there[0].platform} device{'s' * (len(there) > 1)}"
+        raise UserError(f"--devices {wanted} is more than there are: {names}; use {len(there)} or less")
+    return Placement(parallel or ("jit" if wanted == 1 else "sharded"), tuple(there[:wanted]), uneven)
+
+
 def select_device(platform: str | None) -> jax.Device:
     """Return the first device of `platform`, or of JAX's own choice: an accelerator if there is one, else the CPU.
 
     Raises UserError when this machine has no such platform.
     """
+    return _devices(platform)[0]
+
+
+def _split_cpu(devices: int) -> None:
+    """Have JAX make so many devices of the CPU, unless it has begun, or was told how many."""
+    with contextlib.suppress(RuntimeError):
+        if jax.config.jax_num_cpu_devices < devices and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", devices)
+
+
+def _devices(platform: str | None) -> list[jax.Device]:
     try:
         if platform == "cpu":
             jax.config.update("jax_platforms", "cpu")
-        return jax.devices(platform)[0]
+        return jax.devices(platform)
     except (RuntimeError, AssertionError) as error:  # the assertion is JAX's, of JAX_PLATFORMS=cuda without a GPU
         asked = f"--platform {platform}" if platform else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         reason = (str(error).strip().splitlines() or ["JAX finds no such device"])[-1]

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jax_impl import models, optim
 from jax_impl.convert import from_canonical
 from jax_impl.epoch import DeviceSplit, Evaluate, RunSteps, Span, make_evaluate, make_run_steps
+from jax_impl.parallel import Placement
 from jax_impl.step import TrainState, make_eval_step, make_gradients, make_train_step, skip_nonfinite
 from spec import params
 from spec.batches import count
@@ -38,37 +38,40 @@ class Programs(NamedTuple):
 
 
 def compile_programs(
-    recipe: Recipe, size: Size, device: jax.Device, *, runs: Sequence[Recipe] | None = None, skips: bool = False
+    recipe: Recipe, size: Size, placement: Placement, *, runs: Sequence[Recipe] | None = None, skips: bool = False
 ) -> Programs:
-    """Draw the initial state and compile the programs of a run over data of that size, on `device`.
+    """Draw the initial state and compile the programs of a run over data of that size.
 
     Given `runs`, recipes that differ from `recipe` in seed and the optimiser's numbers alone, the programs train them
     all: state, order, seed and metrics have a leading axis of runs. With `skips` they leave out the steps that make a
-    number infinite or nan. Raises RecipeError when recipe and size do not fit.
+    number infinite or nan. Raises RecipeError when recipe and size do not fit, UserError when batch and devices do not.
     """
     start = time.perf_counter()
     counts = count(recipe, size.num_train)
+    placement.check_divides(sorted(set(counts.batch_sizes().tolist())))
     outputs = params.num_outputs(recipe, size.num_classes)
     leaves = params.leaves(recipe.model, size.input_shape, outputs)
     graphdef = models.graph(recipe.model, size.input_shape, outputs)
     dtype = jnp.dtype(recipe.precision)
     optimizer = (optim.tunable_optimizer if runs else optim.optimizer)(recipe, counts.steps_per_epoch)
     with precision_scope(recipe.precision):
-        states = [_initial_state(run, leaves, optimizer, device) for run in runs or (recipe,)]
-        state = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *states), device) if runs else states[0]
+        states = [_initial_state(run, leaves, optimizer, placement) for run in runs or (recipe,)]
+        state = placement.put(jax.tree.map(lambda *leaves: np.stack(leaves), *states)) if runs else states[0]
         over_runs, axis = _over_runs(recipe, runs), (len(runs),) if runs else ()
         train_step = make_train_step(make_gradients(graphdef, recipe.loss, dtype), optimizer)
         train_step = skip_nonfinite(train_step) if skips else train_step
-        run_steps = jax.jit(over_runs(make_run_steps(train_step, counts), (0, None, 0, None, 0)), donate_argnums=0)
-        order, span = _shape((*axis, size.num_train), np.int32, device), Span(*(_shape((), np.int32, device),) * 3)
-        train_split = _split_shape(recipe, size, size.num_train, device)
-        compiled = run_steps.lower(state, train_split, order, span, _shape(axis, np.uint32, device)).compile()
+        run_steps = over_runs(make_run_steps(train_step, counts, placement.part), (0, None, 0, None, 0))
+        shape = placement.shape
+        order, span = shape((*axis, size.num_train), np.int32), Span(*(shape((), np.int32),) * 3)
+        train_split = _split_shape(recipe, size, size.num_train, placement)
+        arguments = (state, train_split, order, span, shape(axis, np.uint32))
+        compiled = placement.compiled(run_steps, *arguments, donates=True)
         evaluate = None
         if size.num_test:
             eval_step = make_eval_step(graphdef, recipe.loss, dtype)
-            test_split = _split_shape(recipe, size, size.num_test, device)
-            evaluate = jax.jit(over_runs(make_evaluate(eval_step, size.num_test, recipe.batch_size), (0, None)))
-            evaluate = evaluate.lower(state, test_split).compile()
+            test_split = _split_shape(recipe, size, size.num_test, placement)
+            evaluate = make_evaluate(eval_step, size.num_test, recipe.batch_size, placement.part)
+            evaluate = placement.compiled(over_runs(evaluate, (0, None)), state, test_split)
     return Programs(state, compiled, evaluate, time.perf_counter() - start)
 
 
@@ -116,25 +119,21 @@ def _over_runs(recipe: Recipe, runs: Sequence[Recipe] | None) -> Callable[[Calla
 
 
 def _initial_state(
-    recipe: Recipe, leaves: Sequence[Leaf], optimizer: optax.GradientTransformation, device: jax.Device
+    recipe: Recipe, leaves: Sequence[Leaf], optimizer: optax.GradientTransformation, placement: Placement
 ) -> TrainState:
-    initial = params.initial_state(leaves, recipe.init, recipe.seed)
-    trained, batch_stats = from_canonical(initial, leaves, dtype=stored_dtype(recipe.precision), device=device)
-    return TrainState(trained, batch_stats, jax.device_put(optim.initial_state(optimizer, recipe, trained), device))
+    initial, dtype = params.initial_state(leaves, recipe.init, recipe.seed), stored_dtype(recipe.precision)
+    trained, batch_stats = from_canonical(initial, leaves, dtype=dtype, device=placement.replicated)
+    return TrainState(trained, batch_stats, placement.put(optim.initial_state(optimizer, recipe, trained)))
 
 
-def _split_shape(recipe: Recipe, size: Size, num_examples: int, device: jax.Device) -> DeviceSplit:
+def _split_shape(recipe: Recipe, size: Size, num_examples: int, placement: Placement) -> DeviceSplit:
     table = value_table(recipe.preprocessing) if size.input_dtype == np.uint8 else None
     dtype = np.float32 if table is None else np.uint8
     return DeviceSplit(
-        _shape((num_examples, *size.input_shape), dtype, device),
-        _shape((num_examples,), np.int32, device),
-        None if table is None else _shape(table.shape, table.dtype, device),
+        placement.shape((num_examples, *size.input_shape), dtype),
+        placement.shape((num_examples,), np.int32),
+        None if table is None else placement.shape(table.shape, table.dtype),
     )
-
-
-def _shape(shape: tuple[int, ...], dtype: DTypeLike, device: jax.Device) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
 
 def _enable_x64(enabled: bool) -> contextlib.AbstractContextManager:

@@ -53,15 +53,17 @@ def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Grad
     Given images and labels that are a `part` of a batch, all that is returned is of the whole batch (S11).
     """
 
+    summed = loss.reduction == "sum"
+
     def objective(
         params: dict,
         batch_stats: dict,
         images: jax.Array,
         labels: jax.Array,
         key: jax.Array,
-        hooks: Hooks = NO_HOOKS,
-        part: Part = WHOLE,
-    ):
+        hooks: Hooks,
+        part: Part,
+    ) -> tuple[jax.Array, tuple[dict, StepMetrics]]:
         logits, batch_stats = apply(
             graphdef,
             _cast(params, dtype),
@@ -77,16 +79,20 @@ def make_gradients(graphdef: nnx.GraphDef, loss: Loss, dtype: DTypeLike) -> Grad
         weights = part.weights(losses.dtype)
         if weights is not None:
             losses, right = losses * weights, right & (weights > 0)
-        mean = losses.mean()
-        objective = mean * part.size / part.parts ...
-        metrics = StepMetrics(mean, jnp.sum(right, dtype=jnp.int32))
+        objective = losses.sum() * part.filled if summed else losses.mean()
+        metrics = StepMetrics(losses.mean(), jnp.sum(right, dtype=jnp.int32))
         return objective, (batch_stats, metrics)
 
-    return jax.grad(objective, has_aux=True)
+    def gradients(*arguments: object, hooks: Hooks = NO_HOOKS, part: Part = WHOLE) -> tuple:
+        grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(*arguments, hooks, part)
+        grads = part.sum(grads) if summed else part.mean(grads)
+        return grads, (batch_stats, StepMetrics(part.mean(metrics.loss), part.sum(metrics.num_correct)))
+
+    return gradients
 
 
 def make_train_step(gradients: Gradients, optimizer: optax.GradientTransformation) -> TrainStep:
-    """Return the function of (state, images [batch, ...], labels [batch] int32, key, hooks) to (state, metrics),
+    """Return the function of (state, images [batch, ...], labels [batch] int32, key, hooks, part) to (state, metrics),
     for the `gradients` that `make_gradients` gives."""
 
     def train_step(
@@ -94,9 +100,12 @@ def make_train_step(gradients: Gradients, optimizer: optax.GradientTransformatio
         images: Float[Array, "batch ..."],
         labels: Int[Array, " batch"],
         key: Key[Array, ""],
+        *,
         hooks: Hooks = NO_HOOKS,
+        part: Part = WHOLE,
     ) -> tuple[TrainState, StepMetrics]:
-        grads, (batch_stats, metrics) = gradients(state.params, state.batch_stats, images, labels, key, hooks)
+        arguments = (state.params, state.batch_stats, images, labels, key)
+        grads, (batch_stats, metrics) = gradients(*arguments, hooks=hooks, part=part)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state), metrics
 
@@ -107,8 +116,8 @@ def skip_nonfinite(train_step: TrainStep) -> TrainStep:
     """Return the step that leaves the state as it was where the given one's would hold a number that is not finite, or
     its loss is none; the loss is nan then."""
 
-    def careful_step(state: TrainState, *batch: object) -> tuple[TrainState, StepMetrics]:
-        moved, metrics = train_step(state, *batch)
+    def careful_step(state: TrainState, *batch: object, **how: object) -> tuple[TrainState, StepMetrics]:
+        moved, metrics = train_step(state, *batch, **how)
         sound = all_finite((moved, metrics.loss))
 
         def chosen(new: object, old: object) -> object:

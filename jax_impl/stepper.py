@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jax_impl.epoch import DeviceSplit, Span
+from jax_impl.parallel import Placement
 from jax_impl.programs import Programs, compile_programs
 from jax_impl.step import ExampleMetrics, StepMetrics
 from spec import params
@@ -23,7 +24,8 @@ POLL_SECONDS = 0.0005
 
 
 class Stepper:
-    """One run of `recipe` over `dataset` (raw, as `spec.datasets.load` gives it), compiled and ready on `device`.
+    """One run of `recipe` over `dataset` (raw, as `spec.datasets.load` gives it), compiled and ready where
+    `placement` says.
 
     Given `runs`, recipes that differ from `recipe` in seed and the optimiser's numbers alone, it is all of those, and
     every array of state, order and metrics has a leading axis of runs. `programs` are those of `compile_programs`, made
@@ -34,22 +36,22 @@ class Stepper:
         self,
         recipe: Recipe,
         dataset: Dataset,
-        device: jax.Device,
+        placement: Placement,
         *,
         runs: Sequence[Recipe] | None = None,
         programs: Programs | None = None,
     ) -> None:
         size = size_of(dataset)
         self.recipe = recipe
-        self.device = device
+        self.placement = placement
         self.counts = count(recipe, size.num_train)
         self.leaves = params.leaves(recipe.model, size.input_shape, params.num_outputs(recipe, size.num_classes))
-        self.train_split, self.test_split = put(dataset, recipe.preprocessing, device)
+        self.train_split, self.test_split = put(dataset, recipe.preprocessing, placement)
         self.test_labels = dataset.test.labels if dataset.test else None
         self._seeds = np.array([run.seed for run in runs] if runs else recipe.seed, np.uint32)
         self._position = (1, 0)
         self._orders: dict[int, jax.Array] = {}
-        programs = programs or compile_programs(recipe, size, device, runs=runs)
+        programs = programs or compile_programs(recipe, size, placement, runs=runs)
         self._state, self._run_steps, self._evaluate, self.compile_seconds = programs
 
     def train(self, steps: int) -> StepMetrics:
@@ -86,7 +88,7 @@ class Stepper:
         if epoch not in self._orders:
             orders = [epoch_order(int(seed), epoch, self.counts.num_examples) for seed in np.atleast_1d(self._seeds)]
             order = np.stack(orders).astype(np.int32).reshape(*self._seeds.shape, -1)
-            self._orders[epoch] = jax.device_put(order, self.device)
+            self._orders[epoch] = self.placement.put(order)
 
     def _tested(self, cancelled: Callable[[], bool] = lambda: False) -> ExampleMetrics | None:
         """Return what the test split's examples come to as the state is now; None without a split.
@@ -100,14 +102,16 @@ class Stepper:
         return metrics
 
 
-def put(dataset: Dataset, preprocessing: Preprocessing, device: jax.Device) -> tuple[DeviceSplit, DeviceSplit | None]:
-    """Return the training and the test split on `device`: bytes with the table of their values, or float32 values."""
+def put(
+    dataset: Dataset, preprocessing: Preprocessing, placement: Placement
+) -> tuple[DeviceSplit, DeviceSplit | None]:
+    """Return the training and the test split on the device: bytes with the table of their values, or float32 values."""
     table = value_table(preprocessing) if dataset.train.inputs.dtype == np.uint8 else None
     ready = dataset if table is not None else preprocess(dataset, preprocessing)
 
     def split(given: Split) -> DeviceSplit:
         arrays = (np.ascontiguousarray(given.inputs), given.labels, table)
-        return DeviceSplit(*jax.device_put(arrays, device))
+        return DeviceSplit(*placement.put(arrays))
 
     return split(ready.train), split(ready.test) if ready.test else None
 

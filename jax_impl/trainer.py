@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jax_impl import checkpoint
 from jax_impl.background import in_background
 from jax_impl.compile_cache import keep_compiled_programs
 from jax_impl.convert import from_canonical, optimizer_to_canonical, to_canonical
-from jax_impl.parallel import select_device
+from jax_impl.parallel import Placement, place
 from jax_impl.programs import compile_programs, precision_scope, stored_dtype
 from jax_impl.step import TrainState
 from jax_impl.stepper import Stepper, wait
@@ -28,7 +29,7 @@ from spec.run.trainer import Implementation, Tested
 
 
 class Trainer(Stepper, spec.run.trainer.Trainer):
-    """One run of `recipe` over `dataset`, compiled and ready on `device`."""
+    """One run of `recipe` over `dataset`, compiled and ready where `placement` says."""
 
     def launch(self, epoch: int, start: int, stop: int) -> Callable[[], StepsDone]:
         """Put the steps [start, stop) of `epoch` on the device's queue; the returned function waits for them."""
@@ -56,7 +57,7 @@ class Trainer(Stepper, spec.run.trainer.Trainer):
         """Take over parameters and running statistics, canonical names and layouts; the optimiser stays as it is."""
         dtype = stored_dtype(self.recipe.precision)
         with precision_scope(self.recipe.precision):
-            trained, batch_stats = from_canonical(state, self.leaves, dtype=dtype, device=self.device)
+            trained, batch_stats = from_canonical(state, self.leaves, dtype=dtype, device=self.placement.replicated)
         self._state = self._state._replace(params=trained, batch_stats=batch_stats)
 
     def snapshot(self) -> TrainState:
@@ -66,7 +67,7 @@ class Trainer(Stepper, spec.run.trainer.Trainer):
     def restore(self, snapshot: TrainState) -> None:
         """Take over a state; it is copied, for the device's arrays are given to the steps to change."""
         with precision_scope(self.recipe.precision):
-            self._state = jax.device_put(jax.tree.map(np.array, snapshot), self.device)
+            self._state = self.placement.put(jax.tree.map(np.array, snapshot))
 
     def named(self, snapshot: TrainState) -> dict[str, np.ndarray]:
         """Return the arrays of a snapshot: the canonical state, then the optimiser's as `optimizer.NAME`."""
@@ -76,14 +77,14 @@ class Trainer(Stepper, spec.run.trainer.Trainer):
         return state | {f"optimizer.{name}": array for name, array in buffers.items()}
 
 
-def prepare(recipe: Recipe, device: jax.Device, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
+def prepare(recipe: Recipe, placement: Placement, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
     """Return what makes a trainer of a data set. Where its size is known, compilation starts now, in the background.
 
     With `skips`, steps that make a number infinite or nan are left out.
     """
 
     def compiling(size: Size) -> Future:
-        return in_background(lambda: compile_programs(recipe, size, device, skips=skips))
+        return in_background(lambda: compile_programs(recipe, size, placement, skips=skips))
 
     in_background(checkpoint.preload)
     size = known_size(recipe.data)
@@ -92,7 +93,7 @@ def prepare(recipe: Recipe, device: jax.Device, *, skips: bool = False) -> Calla
     def trainer(dataset: Dataset) -> Trainer:
         # The programs' state is donated by the first trainer: a second one gets its own.
         programs = known.pop() if known and size_of(dataset) == size else compiling(size_of(dataset))
-        return Trainer(recipe, dataset, device, programs=programs.result())
+        return Trainer(recipe, dataset, placement, programs=programs.result())
 
     return trainer
 
@@ -111,16 +112,16 @@ def memory_explained() -> Iterator[None]:
         ) from None
 
 
-def _start(platform: str | None) -> jax.Device:
+def _start(platform: str | None, **asked: Any) -> Placement:
     keep_compiled_programs()
-    return select_device(platform)
+    return place(platform, **asked)
 
 
 IMPLEMENTATION = Implementation(
     framework="jax",
     packages=("jax", "jaxlib", "flax", "optax"),
     select_device=_start,
-    describe_device=lambda device: f"{device.platform}:{device.device_kind}:{device.id}",
+    describe_devices=lambda placement: placement.described(),
     load=datasets.load,
     prepare=prepare,
     memory_explained=memory_explained,

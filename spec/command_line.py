@@ -65,6 +65,10 @@ class Flags:
     """print only errors and the last line"""
     config: Annotated[Recipe, tyro.conf.arg(name="")]
 
+    def devices_asked(self) -> dict[str, Any]:
+        """Return what the flags say of devices."""
+        return {"platform": self.platform}
+
 
 LASTING = ("checkpoint_every", "keep_checkpoints", "on_nonfinite", "data_source")  # flags that a run keeps
 F = TypeVar("F", bound=Flags)

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from spec import recipe as recipes
 from spec.command_line import Flags
@@ -50,6 +50,17 @@ class ManyFlags(Flags):
     """train this many seeds at once, from the recipe's on"""
     sweep: tuple[str, ...] = ()
     """train every combination: learning_rate=0.1,0.01 batch_size=32,64 optimizer=sgd,adam"""
+    parallel: Literal["jit", "sharded", "pmap"] | None = None
+    """jit: on one device; sharded: every batch divided by the compiler; pmap: a program a device; sharded on several
+    devices, unless given"""
+    devices: int | None = None
+    """how many devices; all of an accelerator's, one CPU, unless given"""
+    uneven: Literal["pad", "refuse"] = "pad"
+    """what becomes of a batch that does not divide by the devices"""
+
+    def devices_asked(self) -> dict[str, Any]:
+        """Return what the flags say of devices."""
+        return super().devices_asked() | {"parallel": self.parallel, "devices": self.devices, "uneven": self.uneven}
 
 
 @dataclass(frozen=True, kw_only=True)

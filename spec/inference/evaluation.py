@@ -83,7 +83,7 @@ def run(flags: Flags, of: Run, implementation: Implementation, evaluate: Evaluat
     with implementation.memory_explained():
         losses, predictions = evaluate(of.recipe, dataset, state, device)
     report = {"run": str(of.path), "recipe": of.recipe.name, "made_by": of.made_by, "split": flags.split}
-    report |= {"framework": implementation.framework, "device": implementation.describe_device(device)}
+    report |= {"framework": implementation.framework, "device": implementation.describe_devices(device)[0]}
     report |= figures(losses, predictions, dataset.test.labels, dataset.class_names)
     report |= comparison(report, of.summary, ROUNDING[of.recipe.precision])
     show(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def run(flags: Flags, implementation: Implementation) -> Mapping:
 
 def _run(flags: Flags, implementation: Implementation, start: Start, display: Display) -> dict:
     recipe = flags.config
-    device = implementation.select_device(flags.platform)
+    device = implementation.select_device(**flags.devices_asked())
     trainer_of = implementation.prepare(recipe, device, skips=flags.on_nonfinite == "skip")
     dataset = implementation.load(recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
     made_by = origin(implementation, device)
@@ -55,7 +55,7 @@ def _run(flags: Flags, implementation: Implementation, start: Start, display: Di
         with display.waiting("compiling ..."):
             trainer = trainer_of(dataset)
         parameters = f"{params.num_parameters(trainer.leaves):,} parameters"
-        display.line(f"{parameters}, {trainer.counts.steps:,} steps on {made_by['devices'][0]}")
+        display.line(f"{parameters}, {trainer.counts.steps:,} steps on {_on(made_by['devices'])}")
         overwrite = flags.overwrite and not start.resume
         with RunDirectory(
             start.out, recipe.name, overwrite=overwrite, resume=start.resume, held=start.held
@@ -69,6 +69,10 @@ def _run(flags: Flags, implementation: Implementation, start: Start, display: Di
     if session.request.came():  # too late to stop anything; whoever waits for the signal's status gets it
         raise Stopped(session.request.number, "the run was at its end: it is finished")
     return summary
+
+
+def _on(devices: Sequence[str]) -> str:
+    return devices[0] if len(devices) == 1 else f"{len(devices)} devices, {devices[0]} to {devices[-1]}"
 
 
 def _notes(start: Start, made_by: Mapping) -> Iterator[str]:
@@ -99,7 +103,7 @@ def origin(implementation: Implementation, device: Any) -> dict:
     """Return what makes a run: the framework, its device, the versions."""
     packages = ("lockstep", "numpy", *implementation.packages)
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-    devices = [implementation.describe_device(device)]
+    devices = implementation.describe_devices(device)
     return {"framework": implementation.framework, "devices": devices, "versions": versions}
 
 

@@ -115,8 +115,8 @@ class Implementation:
 
     framework: str
     packages: tuple[str, ...]
-    select_device: Callable[[str | None], Any]
-    describe_device: Callable[[Any], str]
+    select_device: Callable[..., Any]
+    describe_devices: Callable[[Any], list[str]]
     load: Callable[..., Dataset]
     prepare: Callable[..., Callable[[Dataset], Trainer]]
     memory_explained: Callable[[], AbstractContextManager]
