@@ -11,6 +11,7 @@ import numpy as np
 from jax_impl import models
 from jax_impl.convert import from_canonical
 from jax_impl.epoch import make_evaluate
+from jax_impl.parallel import Placement
 from jax_impl.programs import precision_scope, stored_dtype
 from jax_impl.step import TrainState, make_eval_step
 from jax_impl.stepper import put, wait
@@ -30,7 +31,9 @@ def evaluate(
     leaves = params.leaves(recipe.model, size.input_shape, outputs)
     graphdef = models.graph(recipe.model, size.input_shape, outputs)
     with precision_scope(recipe.precision):
-        trained, batch_stats = from_canonical(state, leaves, dtype=stored_dtype(recipe.precision), device=placement.replicated)
+        trained, batch_stats = from_canonical(
+            state, leaves, dtype=stored_dtype(recipe.precision), device=placement.replicated
+        )
         eval_step = make_eval_step(graphdef, recipe.loss, jnp.dtype(recipe.precision))
         program = jax.jit(make_evaluate(eval_step, size.num_test, recipe.batch_size))
         _, test_split = put(dataset, recipe.preprocessing, placement)

@@ -79,10 +79,8 @@ class Dropout(nnx.Module):
     def __init__(self, rate: float) -> None:
         self.rate = rate
 
-    def __call__(
-        self, x: Float[Array, "batch *axes"], *, key: Key[Array, ""], part: Part = WHOLE
-    ) -> Float[Array, "batch *axes"]:
-        """Return `x` [batch, ...] with units dropped with probability `rate` and the others divided by 1 - rate (S7)."""
+    def __call__(self, x: Float[Array, "*axes"], *, key: Key[Array, ""], part: Part = WHOLE) -> Float[Array, "*axes"]:
+        """Return `x` [batch, ...] with units dropped with probability `rate`, others divided by 1 - rate (S7)."""
         if self.rate == 0:
             return x
         if self.rate == 1:
@@ -105,8 +103,8 @@ def normalize_batch(
 
     `x` is [..., features], the others [features]. The gradient is the closed form, half the passes over `x` that
     tracing the forward pass gives: dx = scale / sqrt(var + eps) (g - mean(g) - h mean(g h)), dscale = sum(g h),
-    dbias = sum(g). No gradient flows from mean and variance. Of a `part` of the batch, means and the sums in dx are over
-    the whole of it, dscale and dbias over the part's own rows. Source: Ioffe and Szegedy, arXiv 1502.03167.
+    dbias = sum(g). No gradient flows from mean and variance. Of a `part` of the batch, all means are over the whole of
+    it, dscale and dbias over the part's own rows. Source: Ioffe and Szegedy, arXiv 1502.03167.
     """
     return _normalize_forward(part, x, scale, bias)[0]
 

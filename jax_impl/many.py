@@ -19,6 +19,7 @@ import numpy as np
 
 from jax_impl.convert import to_canonical
 from jax_impl.optim import is_used, numbers_of
+from jax_impl.parallel import Placement
 from jax_impl.programs import check_fits
 from jax_impl.stepper import Stepper, wait
 from jax_impl.trainer import IMPLEMENTATION
@@ -43,7 +44,7 @@ OF_ONE_RUN = ("resume", "resume_with_changes", "checkpoint_every", "keep_checkpo
 
 
 class ManyTrainer(Stepper):
-    """Runs of `recipes`, which share a program (`program_key`), over `dataset`, compiled and ready where `placement` says."""
+    """Runs of `recipes`, which share a program (`program_key`), over `dataset`, compiled and ready to go."""
 
     def __init__(self, recipes: Sequence[Recipe], dataset: Dataset, placement: Placement) -> None:
         super().__init__(recipes[0], dataset, placement, runs=recipes)

@@ -28,8 +28,8 @@ class Part:
     """What a program, or each device's copy of it, sees of a batch of `size` examples that is divided into `parts`.
 
     With a `sharding` the program sees the whole batch, of which every device has some rows; with an `axis` it is one
-    copy of `parts`, sees its own rows, and hears of the others' through the axis. A batch that does not divide is filled
-    up with rows that weigh nothing.
+    copy of `parts`, sees its own rows, and hears of the others' through the axis. A batch that does not divide is
+    filled up with rows that weigh nothing.
     """
 
     size: int = 0
@@ -63,7 +63,7 @@ class Part:
         return array
 
     def weights(self, dtype: DTypeLike) -> jax.Array | None:
-        """Return the weight of each row that is seen here, 1 on average over the batch; None where all weigh the same."""
+        """Return the weight of each row that is seen here, 1 on average over the batch; None where all are 1."""
         if self.padded == self.size:
             return None
         return self.rows(jnp.full(self.size, self.padded / self.size, dtype))

@@ -102,9 +102,7 @@ class Stepper:
         return metrics
 
 
-def put(
-    dataset: Dataset, preprocessing: Preprocessing, placement: Placement
-) -> tuple[DeviceSplit, DeviceSplit | None]:
+def put(dataset: Dataset, preprocessing: Preprocessing, placement: Placement) -> tuple[DeviceSplit, DeviceSplit | None]:
     """Return the training and the test split on the device: bytes with the table of their values, or float32 values."""
     table = value_table(preprocessing) if dataset.train.inputs.dtype == np.uint8 else None
     ready = dataset if table is not None else preprocess(dataset, preprocessing)

@@ -180,8 +180,8 @@ class JaxAdapter:
         gradients = jax_impl.step.make_gradients(self._graph, recipe.loss, self._dtype)
         train_step = jax_impl.step.make_train_step(gradients, self._optimizer)
         rate = recipe.model.dropout or 0.0
-        self._gradients = jax.jit(lambda *given: gradients(*given[:-1], _jax_hooks(given[-1], rate)))
-        self._train_step = jax.jit(lambda *given: train_step(*given[:-1], _jax_hooks(given[-1], rate)))
+        self._gradients = jax.jit(lambda *given: gradients(*given[:-1], hooks=_jax_hooks(given[-1], rate)))
+        self._train_step = jax.jit(lambda *given: train_step(*given[:-1], hooks=_jax_hooks(given[-1], rate)))
         self._eval_step = jax.jit(jax_impl.step.make_eval_step(self._graph, recipe.loss, self._dtype))
         self._forward = jax.jit(self._traced_forward, static_argnames="train")
         with self._scope():

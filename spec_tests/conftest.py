@@ -24,6 +24,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in what the tests start:
 import jax_impl.train
 import jax_impl.trainer
 import torch_ref.train
+from jax_impl.parallel import Placement
 from jax_impl.programs import Programs, compile_programs
 from jax_impl.trainer import Trainer
 from spec import datasets
@@ -109,8 +110,8 @@ def trainer_command() -> Callable[..., Ended]:
 
 
 @functools.cache
-def _programs(recipe: Recipe, size: Size, device: jax.Device, skips: bool) -> Programs:
-    made = compile_programs(recipe, size, device, skips=skips)
+def _programs(recipe: Recipe, size: Size, placement: Placement, skips: bool) -> Programs:
+    made = compile_programs(recipe, size, placement, skips=skips)
     return made._replace(state=jax.tree.map(np.array, made.state))
 
 
@@ -118,13 +119,13 @@ def _programs(recipe: Recipe, size: Size, device: jax.Device, skips: bool) -> Pr
 def compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every JAX run of a recipe the same compiled programs, where it is not the compiler that is tested."""
 
-    def prepare(recipe: Recipe, device: jax.Device, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
+    def prepare(recipe: Recipe, placement: Placement, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
         def trainer(dataset: Dataset) -> Trainer:
             # No program depends on the number of epochs but by a schedule that runs to the last.
             same = recipe if recipe.schedule.name == "cosine" else dataclasses.replace(recipe, epochs=1, expected=None)
-            made = _programs(same, size_of(dataset), device, skips)
-            state = jax.device_put(jax.tree.map(np.array, made.state), device)
-            return Trainer(recipe, dataset, device, programs=made._replace(state=state))
+            made = _programs(same, size_of(dataset), placement, skips)
+            state = placement.put(jax.tree.map(np.array, made.state))
+            return Trainer(recipe, dataset, placement, programs=made._replace(state=state))
 
         return trainer
 

@@ -17,7 +17,7 @@ import torch
 
 from jax_impl import baselines as jax_baselines
 from jax_impl import bench, machine, profile
-from jax_impl.parallel import select_device
+from jax_impl.parallel import place, select_device
 from jax_impl.trainer import Trainer
 from spec import bench_worker, datasets, flops, recipe
 from spec.errors import UserError, exit_status
@@ -196,14 +196,14 @@ def test_the_lessons_program_gives_our_first_losses(fashion_mnist):
 
 def test_our_trainer_goes_on_where_it_stopped_as_an_unbroken_one_does(few_images):
     of = small("mlp128")
-    by_parts, at_once = (Trainer(of, datasets.load(of.data), select_device("cpu")) for _ in range(2))
+    by_parts, at_once = (Trainer(of, datasets.load(of.data), place("cpu")) for _ in range(2))
     for steps in (5, 9, 11):
         by_parts.train(steps)
     at_once.train(25)
     assert_identical(by_parts.state(), at_once.state(), item="weights")
-    first_epoch = Trainer(dataclasses.replace(of, epochs=1), datasets.load(of.data), select_device("cpu"))
+    first_epoch = Trainer(dataclasses.replace(of, epochs=1), datasets.load(of.data), place("cpu"))
     list(first_epoch.events())
-    by_parts = Trainer(of, datasets.load(of.data), select_device("cpu"))
+    by_parts = Trainer(of, datasets.load(of.data), place("cpu"))
     by_parts.train(first_epoch.counts.steps_per_epoch)
     assert_identical(by_parts.state(), first_epoch.state(), item="an epoch")
 

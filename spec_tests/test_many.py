@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from jax_impl import optim
 from jax_impl.many import ManyTrainer, program_key
+from jax_impl.parallel import place
 from jax_impl.trainer import Trainer
 from spec import recipe as recipes
 from spec import sweep
@@ -23,7 +24,7 @@ from spec_tests.assertions import assert_within
 from spec_tests.conftest import made_up_images
 from spec_tests.tolerances import ROUNDED_MEAN, SEVEN_DIGITS, run_bound
 
-CPU = jax.devices("cpu")[0]
+CPU = place("cpu")
 MLP128, CNN = recipes.load("mlp128"), recipes.load("cnn")
 SMALL_MLP = dataclasses.replace(
     MLP128, model=dataclasses.replace(MLP128.model, hidden_sizes=(6,)), batch_size=5, epochs=2, last_batch="keep"

@@ -18,6 +18,7 @@ from flax import nnx
 from jax_impl import models
 from jax_impl.background import in_background
 from jax_impl.layers import conv_general_dilated
+from jax_impl.parallel import place
 from jax_impl.programs import compile_programs
 from jax_impl.trainer import Trainer, prepare
 from spec import datasets
@@ -25,7 +26,7 @@ from spec import recipe as recipes
 from spec.datasets.sizes import size_of
 from spec_tests.conftest import made_up_images
 
-CPU = jax.devices("cpu")[0]
+CPU = place("cpu")
 CNN = recipes.load("cnn")
 SMALL_CNN = dataclasses.replace(
     CNN, model=dataclasses.replace(CNN.model, channels=(5, 7), hidden_sizes=(4,)), batch_size=6, epochs=2

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import jax_impl.stepper
 import torch_ref.data
+from jax_impl.parallel import place
 from spec import datasets, recipe
 from spec.datasets import Dataset, Split, __main__, cache, idx, preprocess, sources, tables
 from spec.datasets.catalog import IDX_SETS, IdxFile, IdxSet
@@ -329,7 +330,7 @@ def test_the_mean_is_subtracted_before_the_division_by_std():
 @pytest.mark.parametrize("asked", [UNIT, dataclasses.replace(UNIT, mean=0.1307, std=0.3081)], ids=["unit", "normal"])
 def test_bytes_on_the_device_have_the_hosts_values_in_a_compiled_program(asked):
     dataset = levels()
-    split, _ = jax_impl.stepper.put(dataset, asked, jax.devices("cpu")[0])
+    split, _ = jax_impl.stepper.put(dataset, asked, place("cpu"))
     assert split.inputs.dtype == np.uint8
     found = jax.jit(lambda split: split.images(split.inputs))(split)
     wanted = preprocess(dataset, asked).train.inputs
@@ -341,7 +342,7 @@ def test_inputs_that_are_not_bytes_or_are_standardised_go_to_the_device_as_float
         (dataclasses.replace(levels(), train=Split(levels().train.inputs.astype(float), levels().train.labels)), UNIT),
         (levels(), dataclasses.replace(UNIT, standardize=True)),
     ):
-        split, _ = jax_impl.stepper.put(dataset, asked, jax.devices("cpu")[0])
+        split, _ = jax_impl.stepper.put(dataset, asked, place("cpu"))
         assert split.table is None
         wanted = preprocess(dataset, asked).train.inputs
         assert_identical({"inputs": np.array(split.images(split.inputs))}, {"inputs": wanted}, item="jax")

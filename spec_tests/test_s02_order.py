@@ -21,6 +21,7 @@ import jax_impl.trainer
 import torch_ref.data
 import torch_ref.trainer
 from jax_impl.epoch import DeviceSplit, Span, make_run_steps
+from jax_impl.parallel import place
 from jax_impl.step import StepMetrics, TrainState
 from spec import params, recipe
 from spec.batches import Counts, count, epoch_order
@@ -35,7 +36,7 @@ from spec_tests.tolerances import run_bound
 
 MLP128 = recipe.load("mlp128")
 TRAINERS = {
-    "jax": lambda recipe, dataset: jax_impl.trainer.Trainer(recipe, dataset, jax.devices("cpu")[0]),
+    "jax": lambda recipe, dataset: jax_impl.trainer.Trainer(recipe, dataset, place("cpu")),
     "torch": lambda recipe, dataset: torch_ref.trainer.Trainer(recipe, dataset, torch.device("cpu")),
 }
 

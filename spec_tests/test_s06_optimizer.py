@@ -8,7 +8,6 @@ import functools
 import itertools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,6 +20,7 @@ import jax_impl.optim
 import jax_impl.trainer
 import torch_ref.optim
 import torch_ref.trainer
+from jax_impl.parallel import place
 from jax_impl.programs import precision_scope
 from spec import datasets, oracle, params, recipe
 from spec.batches import epoch_order
@@ -440,7 +440,7 @@ def test_momentum_0_keeps_no_buffer(name):
 
 DATASET = made_up_images(24, 8)
 TRAINERS = {
-    "jax": lambda changed: jax_impl.trainer.Trainer(changed, DATASET, jax.devices("cpu")[0]),
+    "jax": lambda changed: jax_impl.trainer.Trainer(changed, DATASET, place("cpu")),
     "torch": lambda changed: torch_ref.trainer.Trainer(changed, DATASET, torch.device("cpu")),
 }
 

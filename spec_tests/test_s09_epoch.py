@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from jax_impl.parallel import place
 from jax_impl.trainer import Trainer
 from spec import datasets, params, recipe
 from spec.batches import epoch_order
@@ -19,7 +20,7 @@ from spec_tests.assertions import assert_within
 from spec_tests.conftest import made_up_images
 from spec_tests.tolerances import FREE_RUN_FLOAT64, formula_bound
 
-CPU = jax.devices("cpu")[0]
+CPU = place("cpu")
 DATASET = made_up_images(23, 7)
 
 

@@ -21,6 +21,7 @@ import jax_impl.step
 import jax_impl.trainer
 import torch_ref.data
 import torch_ref.trainer
+from jax_impl.parallel import place
 from jax_impl.programs import precision_scope
 from spec import datasets, recipe
 from spec.batches import epoch_order
@@ -32,7 +33,7 @@ from spec_tests.assertions import assert_error_ratio, assert_within
 from spec_tests.conftest import made_up_images
 from spec_tests.tolerances import KAPPA, PLANTED_FAULT, chain_bound, formula_bound, run_bound, sum_bound, unit_roundoff
 
-CPU = jax.devices("cpu")[0]
+CPU = place("cpu")
 DATASET = made_up_images(24, 8)
 OURS = ("jax", "torch")
 TRAINERS = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 import torch
 
 import jax_impl.trainer
 import torch_ref.trainer
+from jax_impl.parallel import place
 from spec import datasets, oracle, params
 from spec.batches import Counts, count, epoch_order
 from spec.datasets import Dataset, Split
@@ -56,10 +56,10 @@ def by_epochs(pair: Pair) -> Iterator[Epoch]:
 
     With Adam a twin runs along: JAX again, from weights one unit in the last place away (S9.4).
     """
-    device = jax.devices("cpu")[0]
-    ours = jax_impl.trainer.Trainer(pair.recipe, pair.raw, device)
+    placement = place("cpu")
+    ours = jax_impl.trainer.Trainer(pair.recipe, pair.raw, placement)
     theirs = torch_ref.trainer.Trainer(pair.recipe, pair.raw, torch.device("cpu"))
-    twins = [jax_impl.trainer.Trainer(pair.recipe, pair.raw, device)] if pair.recipe.optimizer.name == "adam" else []
+    twins = [jax_impl.trainer.Trainer(pair.recipe, pair.raw, placement)] if pair.recipe.optimizer.name == "adam" else []
     for twin in twins:
         twin.load_state({name: np.nextafter(array, 2 * array) for name, array in twin.state().items()})
     scorers = JaxAdapter(pair.network), TorchAdapter(pair.network)
