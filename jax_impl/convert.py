@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from spec.params import Leaf
@@ -34,7 +35,7 @@ _BUFFERS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}  # 
 
 
 def from_canonical(
-    state: Mapping[str, np.ndarray], leaves: Sequence[Leaf], *, dtype: DTypeLike, device: jax.Device
+    state: Mapping[str, np.ndarray], leaves: Sequence[Leaf], *, dtype: DTypeLike, device: jax.Device | Sharding
 ) -> tuple[dict, dict]:
     """Return (params, batch_stats), nested dicts of `dtype` arrays on `device`: copies, no memory is shared."""
     params: dict = {}
@@ -62,7 +63,7 @@ def optimizer_from_canonical(
     leaves: Sequence[Leaf],
     *,
     dtype: DTypeLike,
-    device: jax.Device,
+    device: jax.Device | Sharding,
 ) -> optax.OptState:
     """Return `fresh`, what the optimiser's `init` gave, with the canonical buffers and counts of `opt_state` (S6)."""
     trained = [leaf for leaf in leaves if leaf.trained]

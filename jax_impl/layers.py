@@ -58,7 +58,7 @@ class BatchNorm(nnx.Module):
     def _by_batch(
         self, normalize: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], x: jax.Array, part: Part
     ) -> jax.Array:
-        normalized, mean, var = normalize(part, *self._widened(x))
+        normalized, mean, var = normalize(*self._widened(x), part)
         count = _count(x, part)
         self.mean[...] = _run(self.mean[...], mean)
         self.var[...] = _run(self.var[...], var * (count / (count - 1)))
@@ -95,9 +95,12 @@ def _count(x: jax.Array, part: Part) -> int:
     return part.count(x.shape[0]) * math.prod(x.shape[1:-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize_batch(
-    part: Part, x: Float[Array, "*axes features"], scale: Float[Array, " features"], bias: Float[Array, " features"]
+    x: Float[Array, "*axes features"],
+    scale: Float[Array, " features"],
+    bias: Float[Array, " features"],
+    part: Part = WHOLE,
 ) -> tuple[Float[Array, "*axes features"], Float[Array, " features"], Float[Array, " features"]]:
     """Return y = scale h + bias with h = (x - mean) / sqrt(var + eps), and the batch's mean and biased variance.
 
@@ -106,10 +109,10 @@ def normalize_batch(
     dbias = sum(g). No gradient flows from mean and variance. Of a `part` of the batch, all means are over the whole of
     it, dscale and dbias over the part's own rows. Source: Ioffe and Szegedy, arXiv 1502.03167.
     """
-    return _normalize_forward(part, x, scale, bias)[0]
+    return _normalize_forward(x, scale, bias, part)[0]
 
 
-def _normalize_forward(part: Part, x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
+def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, part: Part) -> tuple[tuple, tuple]:
     mean, var, inverse = _statistics(x, part)
     return ((x - mean) * (inverse * scale) + bias, mean, var), (x, mean, inverse, scale)
 
@@ -159,12 +162,12 @@ def max_pool_2x2(x: Float[Array, "batch h w channels"]) -> Float[Array, "batch h
     return _first_maximum(_windows(x))[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize_relu_pool(
-    part: Part,
     x: Float[Array, "batch h w channels"],
     scale: Float[Array, " channels"],
     bias: Float[Array, " channels"],
+    part: Part = WHOLE,
 ) -> tuple[Float[Array, "batch h//2 w//2 channels"], Float[Array, " channels"], Float[Array, " channels"]]:
     """Return max_pool_2x2(relu(y)), mean and variance, with y, mean and variance of `normalize_batch`.
 
@@ -173,10 +176,10 @@ def normalize_relu_pool(
     done on a quarter of the values. The result is the same to the bit; the gradient differs only where two values of a
     window are made equal by rounding y, and goes to the larger x. For a scale of 0 all are equal, and the first is it.
     """
-    return _normalize_relu_pool_forward(part, x, scale, bias)[0]
+    return _normalize_relu_pool_forward(x, scale, bias, part)[0]
 
 
-def _normalize_relu_pool_forward(part: Part, x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[tuple, tuple]:
+def _normalize_relu_pool_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, part: Part) -> tuple[tuple, tuple]:
     mean, var, inverse = _statistics(x, part)
     sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
     largest = sign * lax.reduce_window(sign * x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
