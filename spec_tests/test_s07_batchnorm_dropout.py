@@ -423,7 +423,7 @@ def keys_of_jaxs_epochs(seed: int) -> list[float]:
     """Return a number drawn by the key of each step of two epochs of the compiled program."""
     counts = Counts(num_examples=13, batch_size=5, full_steps=2, short_batch_size=3, epochs=2)
 
-    def draw(state, images, labels, key):
+    def draw(state, images, labels, key, **_):
         return state, StepMetrics(jax.random.uniform(key), jnp.int32(0))
 
     run_steps = jax.jit(make_run_steps(draw, counts))

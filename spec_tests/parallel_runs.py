@@ -1,0 +1,84 @@
+"""Runs of one recipe on one device and on several, in a process of its own that makes eight devices of the CPU.
+
+`python -m spec_tests.parallel_runs OUT RECIPE.json STEPS MODE:DEVICES ...` writes what each run came to into OUT, an
+.npz file: `MODE:DEVICES/NAME` for every array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from spec import datasets, recipe
+from spec.datasets import Dataset, Split
+from spec.recipe import Recipe
+from spec.run.history import EpochDone, StepsDone
+
+DEVICES = 8
+TESTED = 37  # examples to evaluate: no number of devices but 1 divides them
+
+Found = dict[str, dict[str, np.ndarray]]
+
+
+def runs(folder: Path, of: Recipe, steps: int, places: Sequence[str]) -> Found:
+    """Train `of` for an epoch of so many steps at each of the `places`, `MODE:DEVICES`; return the arrays of each."""
+    out, given = folder / "runs.npz", folder / "recipe.json"
+    given.write_text(json.dumps({"recipe": recipe.to_mapping(of)}))
+    command = [sys.executable, "-m", "spec_tests.parallel_runs", str(out), str(given), str(steps), *places]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    found: Found = {place: {} for place in places}
+    with np.load(out) as arrays:
+        for name, array in arrays.items():
+            place, of_place = name.split("/")
+            found[place][of_place] = array
+    return found
+
+
+def few(of: Recipe, steps: int) -> Dataset:
+    """Return as much of the recipe's data as so many steps take, a short last batch among them if it is kept."""
+    whole = datasets.load(of.data)
+    examples = steps * of.batch_size - of.batch_size // 2 * (of.last_batch == "keep")
+    train = Split(*(array[:examples] for array in whole.train))
+    return dataclasses.replace(whole, train=train, test=Split(*(array[:TESTED] for array in whole.test)))
+
+
+def main() -> None:
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    from jax_impl.parallel import place
+    from jax_impl.trainer import Trainer
+
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    out, given, steps, *places = sys.argv[1:]
+    of = recipe.parse(json.loads(Path(given).read_text())["recipe"], source=given)
+    dataset, arrays = few(of, int(steps)), {}
+    for name in places:
+        mode, devices = name.split(":")
+        compiled.clear()
+        trainer = Trainer(of, dataset, place("cpu", parallel=mode, devices=int(devices)))
+        events = list(trainer.events())
+        trained, tested = ([event for event in events if isinstance(event, kind)] for kind in (StepsDone, EpochDone))
+        found = {f"state.{leaf}": array for leaf, array in trainer.state().items()}
+        found |= {f"named.{leaf}": array for leaf, array in trainer.named(trainer.snapshot()).items()}
+        found["losses"] = np.concatenate([event.losses for event in trained])
+        found["num_correct"] = np.concatenate([event.num_correct for event in trained])
+        found["test_losses"] = np.concatenate([event.test_losses for event in tested])
+        found["test_correct"] = np.concatenate([event.test_correct for event in tested])
+        found["compiled"] = np.array(len(compiled))
+        arrays |= {f"{name}/{array}": value for array, value in found.items()}
+    np.savez(out, **arrays)
+
+
+if __name__ == "__main__":
+    main()

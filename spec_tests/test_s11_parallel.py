@@ -1,0 +1,99 @@
+"""S11, R11: on however many devices, divided however, a run is the one on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jax_impl.parallel import Placement, place
+from spec import recipe
+from spec.errors import UserError
+from spec_tests.parallel_runs import runs
+
+BOUNDS = {"float32": 1e-5, "float64": 1e-12}
+MODES, DEVICES = ("sharded", "pmap"), (1, 2, 3, 4, 8)
+ALL = tuple(f"{mode}:{devices}" for mode in MODES for devices in DEVICES)
+FEW = ("sharded:2", "sharded:3", "pmap:2", "pmap:3")
+
+
+def small(name: str, **changes: object) -> recipe.Recipe:
+    of = dataclasses.replace(recipe.load(name), epochs=1, expected=None, batch_size=16, last_batch="keep")
+    return dataclasses.replace(of, **changes)
+
+
+MLP, CNN = recipe.load("mlp128"), recipe.load("cnn")
+SMALL = {
+    "mlp": small("mlp128", model=dataclasses.replace(MLP.model, hidden_sizes=(12,), input_batchnorm=True)),
+    "cnn": small("cnn", model=dataclasses.replace(CNN.model, channels=(3,), hidden_sizes=(6,), dropout=0.5)),
+    "sum": small("mlp128", loss=dataclasses.replace(MLP.loss, reduction="sum"), last_batch="drop"),
+}
+
+
+def assert_same_runs(found: dict, precision: str, *, places: tuple[str, ...]) -> None:
+    """Assert that every run is that of one device: state, optimiser, losses, answers; and that two programs were
+    compiled."""
+    alone = found["jit:1"]
+    assert len(alone) > 10
+    for name in places:
+        run = found[name]
+        assert run.keys() == alone.keys()
+        assert int(run["compiled"]) == 2, name
+        for item in ("num_correct", "test_correct"):
+            assert np.array_equal(run[item], alone[item]), (name, item)
+        for item in alone:
+            if run[item].dtype.kind == "f":
+                assert np.abs(run[item] - alone[item]).max(initial=0) <= BOUNDS[precision], (name, item)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_several_devices_train_the_run_of_one(kind, tmp_path, fashion_mnist):
+    places = FEW if kind == "cnn" else ALL
+    of = dataclasses.replace(SMALL[kind], precision="float64")
+    found = runs(tmp_path, of, 7, ["jit:1", *places])
+    assert_same_runs(found, "float64", places=places)
+
+
+@pytest.mark.slow(minutes=5)
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("name", ["mlp128", "cnn"])
+def test_after_100_steps_of_a_whole_recipe_the_weights_are_those_of_one_device(
+    name, precision, tmp_path, fashion_mnist, counted
+):
+    of = dataclasses.replace(recipe.load(name), epochs=1, expected=None, precision=precision, last_batch="keep")
+    found = runs(tmp_path, of, 100, ["jit:1", *ALL])
+    assert_same_runs(found, precision, places=ALL)
+    counted("R11 runs on several devices", len(ALL))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("size", "devices", "said"),
+    [
+        (250, 8, "batch_size 250 is not divisible by 8 devices; use 248 or 256"),
+        (7, 8, "a batch of 7 is less than 8 devices; use --devices 7 or less"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_sizes(mode, size, devices, said):
+    one = place("cpu").devices[0]
+    with pytest.raises(UserError, match=said):
+        Placement(mode, (one,) * devices, "refuse").check_divides([256, size])
+    Placement(mode, (one,) * devices, "pad").check_divides([256, 250])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"devices": 0}, "--devices 0 are none; use 1 at least"),
+        (
+            {"devices": 2, "parallel": "jit"},
+            "--parallel jit is for one device, and --devices is 2; use sharded or pmap",
+        ),
+        ({"devices": 99}, "--devices 99 is more than there are: 1 cpu device; use 1 or less"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(flags, said):
+    place("cpu")  # from now on the CPU is not divided any further
+    with pytest.raises(UserError, match=said):
+        place("cpu", **flags)
