@@ -37,6 +37,7 @@ JAX_LAYERS = "jax_impl/layers.py"
 JAX_MODELS = "jax_impl/models.py"
 JAX_OBJECTIVE = "jax_impl/objective.py"
 JAX_OPTIM = "jax_impl/optim.py"
+JAX_PARALLEL = "jax_impl/parallel.py"
 JAX_PROGRAMS = "jax_impl/programs.py"
 JAX_STEP = "jax_impl/step.py"
 JAX_STEPPER = "jax_impl/stepper.py"
@@ -57,6 +58,7 @@ MANY_TESTS = "spec_tests/test_many.py"
 OPTIMIZER_TESTS = "spec_tests/test_s06_optimizer.py"
 NORM_TESTS = "spec_tests/test_s07_batchnorm_dropout.py"
 EPOCH_TESTS = "spec_tests/test_s09_epoch.py"
+PARALLEL_TESTS = "spec_tests/test_s11_parallel.py"
 TRAJECTORY_TESTS = "spec_tests/test_s09_trajectories.py"
 
 S1 = (
@@ -1864,6 +1866,99 @@ S9 = (
     ),
 )
 
+S11 = (
+    Mutant(
+        name="jax-gradient-of-one-device",
+        clause="S11",
+        says="every device goes on with the gradient of its own rows",
+        path=JAX_PARALLEL,
+        old="return lax.pmean(tree, self.axis) if self.axis else tree",
+        new="return tree",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and mlp",
+    ),
+    Mutant(
+        name="jax-gradient-averaged-twice",
+        clause="S11",
+        says="the mean over the devices is divided by their number once more",
+        path=JAX_STEP,
+        old="losses.sum() * part.filled if summed else losses.mean()",
+        new="losses.sum() * part.filled if summed else losses.mean() / part.parts",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and mlp",
+    ),
+    Mutant(
+        name="jax-gradient-averaged-where-it-is-summed",
+        clause="S11",
+        says="a summed loss is averaged over the devices",
+        path=JAX_STEP,
+        old="part.sum(grads) if summed else part.mean(grads)",
+        new="part.mean(grads)",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and sum",
+    ),
+    Mutant(
+        name="jax-masks-of-one-seed-on-every-device",
+        clause="S11",
+        says="every device drops the units of the first one's rows",
+        path=JAX_LAYERS,
+        old="part.rows(jax.random.bernoulli(key, kept, (part.count(x.shape[0]), *x.shape[1:])))",
+        new="jax.random.bernoulli(key, kept, x.shape)",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and cnn",
+    ),
+    Mutant(
+        name="jax-batchnorm-of-one-device",
+        clause="S11",
+        says="BatchNorm takes the statistics of a device's own rows",
+        path=JAX_LAYERS,
+        old="return part.mean(_weighed(values, part).reshape(-1, x.shape[-1]).mean(axis=0))",
+        new="return _weighed(values, part).reshape(-1, x.shape[-1]).mean(axis=0)",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and cnn",
+    ),
+    Mutant(
+        name="jax-batchnorm-gradient-of-one-device",
+        clause="S11",
+        says="BatchNorm's gradient takes the sums of a device's own rows",
+        path=JAX_LAYERS,
+        old="for total in part.sum(sums))",
+        new="for total in sums)",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and cnn",
+    ),
+    Mutant(
+        name="jax-devices-share-rows",
+        clause="S11",
+        says="the rows of two devices overlap",
+        path=JAX_PARALLEL,
+        old="lax.axis_index(self.axis) * own, own",
+        new="lax.axis_index(self.axis) * (own - 1), own",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and mlp",
+    ),
+    Mutant(
+        name="jax-uneven-mean-over-filled-rows",
+        clause="S11",
+        says="the mean of a batch that was filled up is over all its rows",
+        path=JAX_PARALLEL,
+        old="self.padded / self.size, dtype",
+        new="1.0, dtype",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and mlp",
+    ),
+    Mutant(
+        name="jax-answers-of-rows-that-fill-up",
+        clause="S11",
+        says="rows that fill a batch up count as right answers",
+        path=JAX_STEP,
+        old="losses * weights, right & (weights > 0)",
+        new="losses * weights, right",
+        tests=(PARALLEL_TESTS,),
+        only="several_devices and mlp",
+    ),
+)
+
 S12 = (
     Mutant(
         name="torch-images-channels-last-by-their-strides",
@@ -1958,4 +2053,4 @@ S12 = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*S1, *S2, *S3, *S4, *S5, *S6, *S7, *S8, *S9, *S12)
+MUTANTS: tuple[Mutant, ...] = (*S1, *S2, *S3, *S4, *S5, *S6, *S7, *S8, *S9, *S11, *S12)
