@@ -697,6 +697,7 @@ def test_real_programs_take_turns_in_processes_of_their_own(monkeypatch, capsys)
 
 @pytest.mark.slow(minutes=1)
 def test_every_real_baseline_runs_in_a_process_of_its_own(monkeypatch, capsys):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # without it the import asks for TensorFlow, and the test is skipped
     pytest.importorskip("keras")
     against = ["lesson", "eager", "compile", "stock", "keras"]
     flags = ["--recipe", "mlp128", "--against", *against, "--steps", 3, "--pairs", 1, "--platform", "cpu"]
