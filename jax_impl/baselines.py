@@ -2,7 +2,7 @@
 
 `ours` is the epoch program, `many` the same of several seeds at once. `stock` is the loop of Flax's documentation: its
 modules, its optimiser and metrics, one `nnx.jit` a step, batches gathered by NumPy. `keras` is Keras 3 on the JAX
-backend, `fit` on arrays in memory, with the extra keras.
+backend, `fit` on arrays in memory, with the extra keras. What the last two do not train, `bench.TAKES` says.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jax_impl import optim
 from jax_impl.convert import from_canonical
 from jax_impl.parallel import PLATFORMS, Placement, select_device
 from jax_impl.profile import operation_seconds
@@ -65,7 +66,7 @@ class Ours:
 
 
 class Stock:
-    """The documented Flax loop."""
+    """The documented Flax loop, in float32: the mean cross-entropy of the logits, with the recipe's rule from optax."""
 
     def __init__(self, recipe: Recipe, device: jax.Device) -> None:
         self.recipe, self.device = recipe, device
@@ -98,7 +99,7 @@ class Stock:
         initial = params.initial_state(leaves, recipe.init, recipe.seed)
         trained, _ = from_canonical(initial, leaves, dtype=np.float32, device=self.device)
         nnx.update(model, trained)
-        optimizer = nnx.Optimizer(model, sgd(recipe), wrt=nnx.Param)
+        optimizer = nnx.Optimizer(model, optim.optimizer(recipe, self.counts.steps_per_epoch), wrt=nnx.Param)
         return model, optimizer, nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), loss=nnx.metrics.Average("loss"))
 
     def _batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -110,17 +111,19 @@ class Stock:
 
 
 class StockMLP(nnx.Module):
-    """Linear layers and activations of Flax."""
+    """Linear layers and activations of Flax, with its BatchNorm over the inputs as one channel where that is asked."""
 
     def __init__(self, model: Model, input_shape: tuple[int, ...], outputs: int) -> None:
         rngs = nnx.Rngs(0)
         self.activations = model.activations
+        self.norm0 = nnx.BatchNorm(1, momentum=0.9, rngs=rngs) if model.input_batchnorm else None
         sizes = (int(np.prod(input_shape)), *model.hidden_sizes, outputs)
         for index, (inputs, units) in enumerate(itertools.pairwise(sizes), start=1):
             setattr(self, f"linear{index}", nnx.Linear(inputs, units, use_bias=bool(model.bias), rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits."""
+        x = self.norm0(x[..., None]) if self.norm0 else x
         x = x.reshape(x.shape[0], -1)
         for index, name in enumerate(self.activations, start=1):
             x = getattr(nnx, name)(getattr(self, f"linear{index}")(x))
@@ -173,13 +176,8 @@ def stock_step(
     return loss
 
 
-def sgd(recipe: Recipe) -> optax.GradientTransformation:
-    """Return optax's own SGD with the recipe's rate and momentum."""
-    return optax.sgd(recipe.optimizer.learning_rate, momentum=recipe.optimizer.momentum or None)
-
-
 class Keras:
-    """Keras 3's `fit` on arrays in memory."""
+    """Keras 3's `fit` on arrays in memory, in float32: the mean cross-entropy of the logits, with Keras's own SGD."""
 
     def __init__(self, recipe: Recipe, device: jax.Device) -> None:
         self.recipe, self.device = recipe, device
@@ -192,11 +190,10 @@ class Keras:
     def first_losses(self, steps: int) -> list[float]:
         """Return the losses of the first steps, without dropout."""
         model = self._start(without_dropout(self.recipe))
-        order = epoch_order(self.recipe.seed, 1, self.counts.num_examples)
-        batches = order[: steps * self.counts.batch_size].reshape(steps, -1)
-        # What it returns is a running mean, so each step's is made anew.
-        losses = []
-        for batch in batches:
+        order = epoch_order(self.recipe.seed, 1, self.counts.num_examples)[: self.counts.examples_per_epoch]
+        size, losses = self.counts.batch_size, []
+        for batch in (order[index * size : (index + 1) * size] for index in range(steps)):
+            # What it returns is a running mean, so each step's is made anew.
             model.reset_metrics()
             losses.append(float(model.train_on_batch(self.images[batch], self.labels[batch])))
         return losses
@@ -229,7 +226,9 @@ class Keras:
                 own[names.get(key, key)].assign(np.asarray(array))
         options = recipe.optimizer
         model.compile(
-            optimizer=keras.optimizers.SGD(options.learning_rate, momentum=options.momentum),
+            optimizer=keras.optimizers.SGD(
+                options.learning_rate, momentum=options.momentum, nesterov=bool(options.nesterov)
+            ),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         return model

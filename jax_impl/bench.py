@@ -21,6 +21,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import operator
 import os
 import platform
 import statistics
@@ -53,6 +54,28 @@ BASELINES = {
     "compile": "torch.compile, in memory",
     "stock": "the loop of Flax's documentation",
     "keras": "Keras 3 on the JAX backend, fit",
+}
+MEAN_CROSS_ENTROPY = {"loss.name": ("cross_entropy",), "loss.reduction": ("mean",), "loss.label_smoothing": (0.0,)}
+# What a program takes of a recipe, where that is not everything. Keras decays weights apart from the gradient, has the
+# learning rate inside its momentum buffer, where a schedule reaches old gradients too, and Adam's epsilon elsewhere.
+TAKES: dict[str, dict[str, tuple]] = {
+    "lesson": {
+        "data.name": tuple(IDX_SETS),
+        **MEAN_CROSS_ENTROPY,
+        "preprocessing.divisor": (255.0,),
+        "preprocessing.standardize": (False,),
+        "schedule.name": ("constant",),
+    },
+    "channels_last": {"model.name": ("cnn",)},
+    "stock": MEAN_CROSS_ENTROPY,
+    "keras": {
+        **MEAN_CROSS_ENTROPY,
+        "model.input_batchnorm": (False,),
+        "optimizer.name": ("sgd",),
+        "optimizer.weight_decay": (0.0,),
+        "optimizer.dampening": (0.0,),
+        "schedule.name": ("constant",),
+    },
 }
 PROCESSES = {
     "cold": "nothing compiled before",
@@ -100,9 +123,13 @@ def main() -> None:
 def compare(recipe: Recipe, flags: argparse.Namespace, machine: Worker) -> dict:
     """Return the report of the programs' turns: `steps` steps each, after one turn that does not count.
 
-    A program that nobody asked for is left out where it does not start: torch may have no such device.
+    A program that nobody asked for is left out, with the reason, where it does not train the recipe as stated, and
+    where it does not start: torch may have no such device.
     """
     platform = machine.ask("device")["platform"]
+    for name in () if flags.against else installed_baselines():
+        if reason := misfit(name, recipe):
+            console.print(f"{name} is left out: {reason}")
     with contextlib.ExitStack() as stack:
         workers = {"ours": _start(stack, "ours", flags.recipe, platform)}
         for name in flags.against or default_baselines(recipe):
@@ -151,7 +178,8 @@ def _timed(
     for each in losses:
         check_equal_work(recipe, {name: first_losses(checked) for name, first_losses in each.items()})
     which = ", of the first run and of the last" if len(losses) > 1 else ""
-    console.print(f"checked: the losses of the first {counted(checked, 'step')} are the same in all programs{which}")
+    same = f"the losses of the first {counted(checked, 'step')} are the same in all programs{which}"
+    console.print(f"checked: {same}" if len(workers) > 1 else "ours alone: no other program is timed beside it")
     seconds, rates = take_turns(times, size["steps"], flags.pairs, machine)
     whole = len(seconds["ours"]) == flags.pairs  # an interrupt has ended the workers
     return {
@@ -177,15 +205,16 @@ def compare_processes(recipe: Recipe, flags: argparse.Namespace, machine: Worker
         if flags.process != "cold":
             ours(kept)
 
-        def measure(turn: int) -> dict[str, float]:
-            if flags.process == "saving":
-                other = {"unsaved": ours(kept, "--checkpoint-every", "never")}
-            else:
-                other = {"lesson": _whole_process("torch_ref.lesson", flags.recipe, platform, None)}
+        def compiled() -> float:
             with tempfile.TemporaryDirectory() as fresh:
-                return {"ours": ours(fresh if flags.process == "cold" else kept)} | other
+                return ours(fresh if flags.process == "cold" else kept)
 
-        seconds = _turns(flags.pairs, measure)
+        programs: dict[str, Callable[[], float]] = {"ours": compiled}
+        if flags.process == "saving":
+            programs["unsaved"] = functools.partial(ours, kept, "--checkpoint-every", "never")
+        else:
+            programs["lesson"] = functools.partial(_whole_process, "torch_ref.lesson", flags.recipe, platform, None)
+        seconds = _turns(flags.pairs, functools.partial(_each, programs))
     return {"recipe": recipe.name, "process": flags.process, "seconds": seconds}
 
 
@@ -236,18 +265,26 @@ def take_turns(
 
     A first turn is not counted.
     """
-    names, rates = list(programs), []
+    of_so_many = {name: functools.partial(seconds, steps) for name, seconds in programs.items()}
+    rates = []
 
     def measure(turn: int) -> dict[str, float]:
-        first = turn % len(names)  # each is the first in turn, for what came before may leave the machine warm
-        measured = {name: programs[name](steps) for name in (*names[first:], *names[:first])}
+        measured = _each(of_so_many, turn)
         rates.append(machine.ask("matmul_rate"))
-        return {name: measured[name] for name in names}
+        return measured
 
     warming = measure(0)
     left = figures(turns * sum(warming.values()))
     console.print(f"warming up: {_said(warming)}; {counted(turns, 'turn')} in about {left} s")
     return _turns(turns, measure), rates[1:]
+
+
+def _each(programs: Mapping[str, Callable[[], float]], turn: int) -> dict[str, float]:
+    """Return the seconds of each program, in the order of `programs`. Another is the first with every turn, for what
+    came before may leave the machine warm."""
+    names, first = list(programs), turn % len(programs)
+    measured = {name: programs[name]() for name in (*names[first:], *names[:first])}
+    return {name: measured[name] for name in names}
 
 
 def _turns(turns: int, measure: Callable[[int], dict[str, float]]) -> dict[str, list[float]]:
@@ -351,16 +388,23 @@ def _absolute(report: Mapping, name: str) -> tuple[str, str]:
 
 
 def _show_profile(profile: Mapping, steps: int) -> None:
-    """Print what the longest operations of a turn of ours took, the rest together, and when none of them ran."""
+    """Print what the longest operations of a turn of ours took, the rest together, and when none of them ran.
+
+    Shares are of the turn. Where operations ran side by side and fill more than it, they are of all operations' time,
+    and add up to 1 as well; when none ran is then unknown.
+    """
     operations, whole = profile["operations"], profile["seconds"]
     longest = list(operations.items())[:PROFILED]
     busy = sum(operations.values())
+    side_by_side = busy > whole
     rows = [*longest, ("all others", busy - sum(seconds for _, seconds in longest)), ("no operation", whole - busy)]
     table = Table("operation of ours", "us a step", "share", title="a turn under the profiler, which itself costs time")
     for name, seconds in rows:
-        if seconds > 0:  # operations that ran side by side fill more than the whole
-            table.add_row(name, f"{1e6 * seconds / steps:,.1f}", f"{seconds / whole:.0%}")
+        if seconds > 0:
+            table.add_row(name, f"{1e6 * seconds / steps:,.1f}", f"{seconds / max(whole, busy):.0%}")
     console.print(table)
+    of_what = f"of all operations, which ran side by side: {busy / whole:.2f} times the turn"
+    console.print(f"share is {of_what if side_by_side else 'of the turn'}")
 
 
 def chart(report: Mapping, path: Path) -> None:
@@ -389,8 +433,17 @@ def chart(report: Mapping, path: Path) -> None:
 
 
 def load_results(root: Path = Path()) -> dict[str, dict]:
-    """Return the kept reports, by recipe and what was timed."""
-    return json.loads((root / RESULTS).read_text()) if (root / RESULTS).exists() else {}
+    """Return the kept reports, by recipe and what was timed; UserError where the file holds anything else."""
+    path = root / RESULTS
+    if not path.exists():
+        return {}
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}; mend it, or move it away to start anew") from None
+    if not isinstance(kept, dict) or not all(isinstance(report, dict) for report in kept.values()):
+        raise UserError(f"{path} must hold a table of reports; mend it, or move it away to start anew")
+    return kept
 
 
 def key(report: Mapping) -> str:
@@ -464,37 +517,31 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)} must be 1 or more")
     for name in flags.against or ():
-        _check_baseline(name, recipe)
+        _check_baseline(name, recipe, flag=f"--against {name}")
     if flags.process:
         given = [name for name in ("steps", "against", "seeds", "profile") if getattr(flags, name)]
         if given:
             raise UserError(f"--process times whole processes; leave out --{given[0]}")
         if flags.process != "saving":
-            _check_baseline("lesson", recipe)
+            _check_baseline("lesson", recipe, flag=f"--process {flags.process}")
     if (flags.seeds or 0) > MOST_RUNS or recipe.seed + (flags.seeds or 0) > NUM_SEEDS:
         raise UserError(f"--seeds {flags.seeds} must be {MOST_RUNS:,} or less, and the last seed under {NUM_SEEDS:,}")
     if flags.seeds and flags.against:
         raise UserError("--seeds times our runs together and one after the other; leave out --against")
+    if flags.chart and not (flags.process or flags.seeds or flags.against or default_baselines(recipe)):
+        raise UserError(f"--chart draws other programs' times, and none here trains {recipe.name}; leave it out")
     _check_files(flags)
 
 
-def _check_baseline(name: str, recipe: Recipe) -> None:
-    """Raise UserError unless there is such a program here, and it trains the recipe."""
+def _check_baseline(name: str, recipe: Recipe, *, flag: str) -> None:
+    """Raise UserError unless there is such a program here, and it trains the recipe as stated."""
     if name not in BASELINES:
         known = ", ".join(BASELINES)
-        raise UserError(f"--against {name}: there is no such program{did_you_mean(name, BASELINES)}; there are {known}")
+        raise UserError(f"{flag}: there is no such program{did_you_mean(name, BASELINES)}; there are {known}")
     for package, extra in _needs(name):
         require(package, extra=extra)
-    if name == "channels_last" and recipe.model.name != "cnn":
-        raise UserError(
-            f"--against channels_last is a layout of images, for convolutions, and {recipe.name} has none; try "
-            "--recipe cnn, or leave it out"
-        )
-    if name == "lesson" and not _is_a_lesson(recipe):
-        raise UserError(
-            f"{recipe.name} reads {recipe.data.name} and minimises {recipe.loss.name}, {recipe.loss.reduction}; the "
-            "lesson's program reads fashion_mnist and mnist and minimises the mean cross_entropy; try mlp128"
-        )
+    if reason := misfit(name, recipe):
+        raise UserError(f"{flag}: {reason}; leave it out, or take another recipe")
 
 
 def _check_files(flags: argparse.Namespace) -> None:
@@ -508,20 +555,32 @@ def _check_files(flags: argparse.Namespace) -> None:
         with contextlib.suppress(OSError):
             RESULTS.parent.mkdir(exist_ok=True)
         check_target(RESULTS, flag="--keep")
+        load_results()  # which is needed when all turns are done
     if flags.chart:
         require("matplotlib", extra="plot")
 
 
 def default_baselines(recipe: Recipe) -> list[str]:
-    """Return the programs that are installed here and train this recipe."""
-    installed = [name for name in BASELINES if all(importlib.util.find_spec(package) for package, _ in _needs(name))]
-    left_out = set() if recipe.model.name == "cnn" else {"channels_last"}
-    left_out |= set() if _is_a_lesson(recipe) else {"lesson"}
-    return [name for name in installed if name not in left_out]
+    """Return the programs that are installed here and train this recipe as stated."""
+    return [name for name in installed_baselines() if not misfit(name, recipe)]
 
 
-def _is_a_lesson(recipe: Recipe) -> bool:
-    return recipe.data.name in IDX_SETS and (recipe.loss.name, recipe.loss.reduction) == ("cross_entropy", "mean")
+def installed_baselines() -> list[str]:
+    """Return the programs whose packages are here."""
+    return [name for name in BASELINES if all(importlib.util.find_spec(package) for package, _ in _needs(name))]
+
+
+def misfit(name: str, recipe: Recipe) -> str | None:
+    """Return in a line the first thing that the recipe has and the program has not; None where it trains the recipe.
+
+    All programs but ours compute in float32, whatever the recipe's precision.
+    """
+    takes = {"precision": ("float32",)} | TAKES.get(name, {})
+    stated = {field: operator.attrgetter(field)(recipe) for field in takes}
+    for field, value in stated.items():
+        if value is not None and value not in takes[field]:
+            return f"{recipe.name} has {field} {value}; {name} takes only {' or '.join(map(str, takes[field]))}"
+    return None
 
 
 def _needs(name: str) -> Iterable[tuple[str, str]]:

@@ -17,7 +17,8 @@ def operation_seconds(work: Callable[[], object]) -> tuple[float, dict[str, floa
 
     An operation counts without those that ran inside it: a loop is what it adds to its body. Kinds are the compiler's
     names without their numbers (`dot`, `copy_fusion`). An accelerator's own clock counts where there is one, for the
-    host then only launches. `work` must wait for the device.
+    host then only launches. Operations that ran at once, on several threads, all count: together they may be more than
+    the seconds that `work` ran. `work` must wait for the device.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -118,8 +118,21 @@ class Worker:
         said, status = self._said.read_text(errors="replace").strip(), self._process.wait()
         if status == 2 and (told := re.search(r"^error: (.*)", said, re.MULTILINE | re.DOTALL)):
             return UserError(told[1])
-        last = said.splitlines()[-1] if said else "nothing"
-        return UserError(f"{self.name} ended with status {status}; it said: {last}")
+        return UserError(f"{self.name} ended with status {status}; it said: {last_words(said)}")
+
+
+def last_words(said: str) -> str:
+    """Return the line of a program's words that says best why it ended: the last traceback's exception, or else the
+    last line.
+
+    >>> last_words("Traceback (most recent call last):\\n  File ...\\nValueError: no room\\nfor this:\\nclass A:")
+    'ValueError: no room'
+    """
+    _, traceback, after = said.rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in after.splitlines() if line.strip()]
+    # Frames are indented; an exception's own words may go on over many lines, and a library may speak after it.
+    stated = next((line for line in lines if traceback and not line[0].isspace()), None)
+    return stated or (lines[-1] if lines else "nothing")
 
 
 @contextlib.contextmanager

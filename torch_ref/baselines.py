@@ -2,7 +2,7 @@
 
 None is tuned beyond its name. `lesson` is the lesson's program, with torchvision's data set and a DataLoader; the
 others keep the tensors in memory and gather a batch a step: `eager` as it stands, `channels_last` with that memory
-layout, `compile` with the network through `torch.compile`.
+layout, `compile` with the network through `torch.compile`. All compute in float32.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ class InMemory:
         if name == "channels_last":
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.network, self.optimizer = self._start(recipe)
+        # A scheduler wraps every step of the optimiser: where nothing is scheduled, there is none.
+        self.scheduler = optim.scheduler(recipe, self.optimizer) if recipe.schedule.name != "constant" else None
         # The first turn, which does not count, ends an epoch: a short batch compiles then and not later.
-        self.coming = itertools.islice(self._batches(), max(self.counts.steps_per_epoch - 2, 0), None)
+        self.taken = max(self.counts.steps_per_epoch - 2, 0)
+        self.coming = itertools.islice(self._batches(), self.taken, None)
 
     def first_losses(self, steps: int) -> list[float]:
         """Return the losses of the first steps, without dropout."""
@@ -57,6 +60,9 @@ class InMemory:
         """Train `steps` more steps."""
         for images, labels in itertools.islice(self.coming, steps):
             self._step(self.network, self.optimizer, images, labels)
+            self.taken += 1
+            if self.scheduler and self.taken % self.counts.steps_per_epoch == 0:
+                self.scheduler.step()
         wait(self.device)
 
     def _start(self, recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -80,8 +86,9 @@ class InMemory:
         self, network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         optimizer.zero_grad()
-        loss = example_losses(network(images), labels, self.recipe.loss).mean()
-        loss.backward()
+        losses = example_losses(network(images), labels, self.recipe.loss)
+        loss = losses.mean()
+        (loss if self.recipe.loss.reduction == "mean" else losses.sum()).backward()
         optimizer.step()
         return loss.detach()
 
