@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from jax_impl.parallel import PLATFORMS
@@ -45,6 +44,7 @@ from spec.errors import UserError, did_you_mean, require
 from spec.files import check_target, write_atomic
 from spec.markdown import markdown_table
 from spec.recipe import Recipe
+from spec.run.display import PlainConsole
 from spec.sweep import MOST_RUNS, NUM_SEEDS, counted
 
 BASELINES = {
@@ -97,7 +97,7 @@ LOSS_TOLERANCE = 1e-3
 PACKAGES = ("jax", "flax", "torch", "keras")
 CHARTS = (".png", ".svg", ".pdf")
 WIDTH = 100  # of the tables where no terminal says how wide it is
-console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+console = PlainConsole(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
 
 
 def main() -> None:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,10 +26,13 @@ def preload() -> None:
 
 
 def write(state: TrainState, folder: Path) -> None:
-    """Write `state`, whose leaves are NumPy arrays, into a new folder of `folder`."""
+    """Write `state`, whose leaves are NumPy arrays, into a new folder of `folder`. Raises OSError."""
     import orbax.checkpoint.experimental.v1 as ocp
 
-    ocp.save(folder.absolute() / STATE, _plain(state))
+    leaves = _plain(state)
+    _reserve(folder, sum(leaf.nbytes for leaf in leaves.values()))
+    with _refusals_as_errors():
+        ocp.save(folder.absolute() / STATE, leaves)
 
 
 def read(folder: Path, *, like: TrainState) -> TrainState:
@@ -41,6 +51,32 @@ def read(folder: Path, *, like: TrainState) -> TrainState:
         raise CheckpointError(f"{path} is the state of another network or optimiser: {', '.join(names[:5])} do not fit")
     loaded = ocp.load(path, _plain(like))
     return jax.tree.unflatten(jax.tree.structure(like), [np.asarray(loaded[name]) for name in _plain(like)])
+
+
+def _reserve(folder: Path, size: int) -> None:
+    """Raise OSError unless `folder` has room for so many bytes: what TensorStore says where there is none is a page of
+    tracebacks from its threads."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+
+
+@contextlib.contextmanager
+def _refusals_as_errors() -> Iterator[None]:
+    """Raise OSError for what the disk refuses: TensorStore says it in a ValueError, and each of Orbax's threads logs it
+    with a traceback."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    except ValueError as error:
+        number = re.search(r"os_error_code='([0-9]+)'", str(error))
+        if not number and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        code = int(number[1]) if number else errno.ENOSPC
+        raise OSError(code, os.strerror(code)) from None
+    finally:
+        logger.setLevel(level)
 
 
 def _plain(state: TrainState) -> dict[str, np.ndarray]:

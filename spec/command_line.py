@@ -72,6 +72,7 @@ class Flags:
 
 LASTING = ("checkpoint_every", "keep_checkpoints", "on_nonfinite", "data_source")  # flags that a run keeps
 F = TypeVar("F", bound=Flags)
+T = TypeVar("T")
 
 
 def parse(arguments: Sequence[str], *, program: str, description: str, kind: type[F] = Flags) -> F:
@@ -87,7 +88,8 @@ def parse(arguments: Sequence[str], *, program: str, description: str, kind: typ
     given = scanner.parse_known_args(arguments)[0]
     name = _recipe_of(given.resume) if given.recipe is None else given.recipe
     default = kind(recipe=name, config=recipes.load(name))
-    flags = _parsed(kind, [*_flags_of(given), *arguments], default=default, prog=program, description=description)
+    about = {"default": default, "prog": program, "description": description, "options": _options(kind)}
+    flags = parsed(kind, [*_flags_of(given), *arguments], **about)
     checked = recipes.parse(recipes.to_mapping(flags.config), source=name)
     if replace(checked, seed=default.config.seed) != default.config:
         checked = replace(checked, expected=None)  # it was measured for the recipe unchanged
@@ -114,8 +116,11 @@ def _flags_of(given: argparse.Namespace) -> list[str]:
     return [word for name in LASTING if name in flags for word in (f"--{name.replace('_', '-')}", str(flags[name]))]
 
 
-def _parsed(kind: type[F], arguments: Sequence[str], **about: Any) -> F:
-    """Return the flags as tyro parses them; UserError with what is wrong, without its box and its page of help."""
+def parsed(kind: type[T], arguments: Sequence[str], *, options: Sequence[str] = (), **about: Any) -> T:
+    """Return the flags as tyro parses them, told `about` the program. Raises UserError with what is wrong, without its
+    box and its page of help; `options` are those there are, the fields of `kind` unless given."""
+    named = [field.name.replace("_", "-") for field in fields(kind) if "Positional" not in field.type]
+    options = options or [f"--{name}" for name in named]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -124,9 +129,9 @@ def _parsed(kind: type[F], arguments: Sequence[str], **about: Any) -> F:
     except SystemExit as left:
         if not left.code:  # after --help
             raise
-    unknown = [name for name in map(_name, arguments) if name.startswith("--") and name not in _options(kind)]
+    unknown = [name for name in map(_name, arguments) if name.startswith("--") and name not in options]
     if unknown and "Unrecognized" in said.getvalue():
-        raise UserError(f"{shown(unknown[0])} is not an option{_nearest(unknown[0], _options(kind))}; {SEE_HELP}")
+        raise UserError(f"{shown(unknown[0])} is not an option{_nearest(unknown[0], options)}; {SEE_HELP}")
     raise UserError(f"{shown(_message(said.getvalue()), most=500)}; {SEE_HELP}")
 
 
@@ -168,10 +173,11 @@ def print_recipe(recipe: Recipe) -> None:
 
 def print_recipes() -> None:
     """Print the table of recipes: model, parameters, data, epochs and steps, expected test accuracy."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=WIDE)
+    from spec.run.display import PlainConsole
+
+    console = PlainConsole(highlight=False, width=WIDE)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("recipe", "model", "parameters", "data", "epochs x steps", "test accuracy"):
         justify = "right" if heading in ("parameters", "epochs x steps") else "left"

@@ -18,6 +18,7 @@ import tyro
 
 from spec import datasets, params, weights
 from spec import recipe as recipes
+from spec.command_line import parsed
 from spec.datasets.sizes import known_size, size_of
 from spec.errors import StateError, UserError, python_command
 from spec.files import check_target, write_atomic
@@ -68,9 +69,7 @@ def parse(
     Raises UserError unless they name two different ones of `kinds`, a recipe for a file's weights, and a place that can
     be written to and holds nothing yet, or what may be replaced.
     """
-    flags = tyro.cli(
-        kind, args=list(arguments), prog=program, description=description, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    flags = parsed(kind, arguments, prog=program, description=description)
     flags = replace(flags, source=flags.source.expanduser(), target=flags.target.expanduser())
     given, wanted = _check_kinds(flags, kinds)
     if given == RUN and flags.recipe:

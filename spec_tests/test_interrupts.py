@@ -65,3 +65,13 @@ def test_a_signal_during_an_import_ends_the_program_with_one_word(program, impor
         said = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
     assert seen
     assert (process.returncode, said) == (status, [word])
+
+
+@pytest.mark.parametrize("arguments", [["--recipe", "digits", "--epochs", "3"], ["--list"]], ids=["training", "list"])
+def test_a_reader_that_goes_away_ends_a_program_with_141_and_no_traceback(arguments, tmp_path):
+    out = ["--out", str(tmp_path / "run")] if "--list" not in arguments else []
+    command = [sys.executable, "-m", "torch_ref.train", *arguments, *out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, "")

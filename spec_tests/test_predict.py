@@ -218,7 +218,7 @@ DAMAGE = {
     "no directory": (shutil.rmtree, ["does not exist; name a run's directory"]),
     "weights removed": (
         lambda run: without(run, "weights.safetensors"),
-        ["is finished and has no weights.safetensors: its numbers were not finite, or the file was removed; train it"],
+        ["is finished and has no weights.safetensors: its numbers were not finite, or the file was removed; `"],
     ),
     "unfinished": (
         lambda run: without(run, "weights.safetensors", "summary.json"),

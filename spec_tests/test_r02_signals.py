@@ -170,6 +170,7 @@ def test_a_second_signal_quits_at_once_and_harms_nothing(phase, number, tmp_path
             trainer.wait_for(lambda: "once more to leave at once" in trainer.err.read_text())
             trainer.send(number)
         assert_left(trainer, number, within=1.0)
+        assert ("left at once: what was saved is there" in trainer.err.read_text()) == at.saves
     assert checkpoints.newest_good(run / "checkpoints")[1] == []
     counted("R2 signals", 1)
 

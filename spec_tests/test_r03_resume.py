@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -469,3 +470,26 @@ def test_what_a_killed_process_left_of_a_file_goes_and_is_no_reason_to_refuse(tr
         (run / name).write_text("cut sho")
     assert trainer_command(*FLAGS, "--overwrite", "--out", run, framework="torch").status == 0
     assert not {path.name for path in run.iterdir()} & set(left)
+
+
+@both
+def test_what_is_changed_is_said_and_what_is_not_kept_is_named(framework, trainer_command, tmp_path, stops_after):
+    run = tmp_path / "run"
+    stops_after(3)
+    assert trainer_command(*FLAGS, "--out", run, framework=framework).status == 143
+    stops_after(5)
+    changed = ["--resume", run, "--resume-with-changes", "--learning-rate", 0.02]
+    ended = trainer_command(*changed, framework=framework)
+    assert ended.status == 143, ended.err
+    was = json.loads((run / "checkpoints" / "00000003" / "manifest.json").read_text())["recipe_sha256"]
+    assert was != json.loads((run / "checkpoints" / "00000005" / "manifest.json").read_text())["recipe_sha256"]
+    assert re.search(r"^optimizer.learning_rate: [0-9.]+ there, 0.02 here$", ended.out, re.MULTILINE)
+    missing = run / "checkpoints" / "00000099"
+    refused = trainer_command("--resume", missing, "--out", tmp_path / "fork", framework=framework)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert f"--resume {missing} is not kept; there are 00000003, 00000005" in refused.err
+    (run / "config.json").unlink()
+    for named in (run, run / "checkpoints" / "00000003"):
+        refused = trainer_command("--resume", named, framework=framework)
+        assert (refused.status, refused.err.count("\n")) == (2, 1)
+        assert f"{run} has checkpoints and no config.json; put that back" in refused.err

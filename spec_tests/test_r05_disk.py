@@ -5,20 +5,28 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import jax_impl.checkpoint
+import jax_impl.step
 import jax_impl.trainer
 import torch_ref.trainer
 from spec import files
 from spec.run import checkpoints
 from spec.run.run_directory import RunDirectory
-from spec_tests.conftest import FRAMEWORKS
+from spec.run.saving import Saver
+from spec_tests.conftest import FRAMEWORKS, Ended
+from spec_tests.processes import started
 
 MODULES = {"jax": jax_impl.trainer, "torch": torch_ref.trainer}
+SMALL = 200_000  # bytes that a file may have: less than a network of 1,024 units, more than a kept program
 FLAGS = ["--recipe", "digits", "--epochs", "4", "--checkpoint-every", "epoch", "--quiet"]
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ERRORS = {"disk full": errno.ENOSPC, "read-only": errno.EROFS, "permission": errno.EACCES, "input/output": errno.EIO}
@@ -115,6 +123,52 @@ def test_metrics_for_which_there_is_no_room(framework, trainer_command, tmp_path
     ended = trainer_command(*FLAGS, "--out", run, framework=framework)
     assert_short_refusal(ended, run, os.strerror(errno.ENOSPC))
     counted("R5 refusals of the disk", 1)
+
+
+def files_stay_small() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, SMALL))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line_whoever_writes_it(framework, tmp_path, counted):
+    run = tmp_path / "run"  # no framework's own words, no threads' tracebacks
+    wide = [*FLAGS, "--model.hidden-sizes", "1024", "--out", str(run)]
+    with started(tmp_path, framework, wide, cache=tmp_path / "compiled", prepare=files_stay_small) as trainer:
+        status = trainer.ended()
+        said = Ended(status, trainer.out.read_text(), trainer.err.read_text())
+    assert_short_refusal(said, run, os.strerror(errno.EFBIG))
+    assert checkpoints.newest_good(run / "checkpoints") == (None, [])
+    counted("R5 refusals of the disk", 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("UNKNOWN: Error writing \"a\": Failed to write 9 bytes: Input/output error [os_error_code='5']", errno.EIO),
+        ('RESOURCE_EXHAUSTED: Error writing "a" in OCDBT database', errno.ENOSPC),
+    ],
+)
+def test_what_tensorstore_says_of_the_disk_is_the_error_that_it_is(said, number, tmp_path, monkeypatch):
+    def refused(*_: object) -> None:
+        raise ValueError(said)
+
+    monkeypatch.setattr("orbax.checkpoint.experimental.v1.save", refused)
+    state = jax_impl.step.TrainState({"a": np.zeros(3)}, {}, ())
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+        jax_impl.checkpoint.write(state, tmp_path)
+    assert caught.value.errno == number
+    said = "another mistake"
+    with pytest.raises(ValueError, match="another mistake"):
+        jax_impl.checkpoint.write(state, tmp_path)
+
+
+def test_a_save_that_was_refused_is_not_kept_for_the_next(trainer_command, tmp_path, monkeypatch):
+    state_writer(monkeypatch, "torch", errno.ENOSPC)
+    saved = []
+    monkeypatch.setattr(Saver, "wait", lambda self, wait=Saver.wait: (saved.append(self.saved), wait(self)))
+    ended = trainer_command(*FLAGS, "--epochs", "40", "--out", tmp_path / "run", framework="torch")
+    assert_short_refusal(ended, tmp_path / "run", os.strerror(errno.ENOSPC))
+    assert saved[-1].epoch == 4  # the end of the third epoch; it is not waited for until the fourth has its save
 
 
 def assert_short_refusal(ended: tuple, run: Path, reason: str) -> None:

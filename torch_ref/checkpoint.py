@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from spec.run.checkpoints import CheckpointError
+from spec.weights import to_safetensors
 
 STATE = "state.safetensors"
 Snapshot = dict[str, np.ndarray]
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:
-    """Write a trainer's snapshot into `folder`, each array made contiguous first (a strided one is scrambled)."""
-    save_file({name: np.asarray(array, order="C") for name, array in snapshot.items()}, folder / STATE)
+    """Write a trainer's snapshot into `folder`. Raises OSError, which the format's own writer hides."""
+    (folder / STATE).write_bytes(to_safetensors(snapshot))
 
 
 def read(folder: Path, *, like: Snapshot) -> Snapshot:

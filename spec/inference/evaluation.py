@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
+from spec.command_line import parsed
 from spec.datasets import Dataset
 from spec.datasets.sizes import size_of
 from spec.errors import DataError
@@ -60,7 +61,7 @@ def parse(arguments: Sequence[str], *, program: str, description: str) -> tuple[
 
     Raises UserError for a run that cannot be used or a file that cannot be written.
     """
-    flags = tyro.cli(Flags, args=list(arguments), prog=program, description=description)
+    flags = parsed(Flags, arguments, prog=program, description=description)
     paths = {name: path.expanduser() for name in ("json", "data_dir") if (path := getattr(flags, name))}
     flags = replace(flags, **paths)
     if flags.json:

@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 
 from spec import datasets
+from spec.command_line import parsed
 from spec.datasets import Dataset, Split, preprocess
 from spec.datasets.catalog import IDX_SETS
 from spec.datasets.sizes import Size, known_size, size_of
@@ -61,7 +62,7 @@ class Request:
 
 def parse(arguments: Sequence[str], *, program: str, description: str) -> Flags:
     """Return the flags; exit with 2 on a mistake. Raises UserError when `--json` names no file that can be written."""
-    flags = tyro.cli(Flags, args=list(arguments), prog=program, description=description)
+    flags = parsed(Flags, arguments, prog=program, description=description)
     flags = replace(flags, json=flags.json and flags.json.expanduser())
     if not flags.images:
         raise DataError("no picture is named; give image files, idx files or folders after the run")

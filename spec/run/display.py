@@ -13,6 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from spec.batches import Counts
 
+LARGE = 1e6  # a loss that needs an exponent to be read
+
+
+class PlainConsole(Console):
+    """A console that lets a broken pipe be what it is, for `spec.errors.exit_status`."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error that rich would end the process for, with another status."""
+        raise BrokenPipeError
+
 
 class Display:
     """Shows the figures of `spec.run.history`; never reads or changes them. `OUTCOME` is what its last line takes."""
@@ -21,7 +31,7 @@ class Display:
 
     def __init__(self, *, quiet: bool, console: Console | None = None) -> None:
         self.quiet = quiet
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or PlainConsole(highlight=False, soft_wrap=True)
         self.bar: Progress | None = None
         self.epochs = 0  # of the run that is shown, once it is running
 
@@ -96,12 +106,15 @@ class Display:
         """Print the outcome, quiet or not: test accuracy (without a test split, the training one), time, place."""
         split = "train" if summary["test_accuracy"] is None else "test"
         accuracy = _shown(summary[f"{split}_accuracy"])
+        compiling = f" and {summary['compile_seconds']:.1f} s compiling" if summary["compile_seconds"] else ""
         self.result(
             f"{summary['recipe']}: {split} accuracy {accuracy} after {summary['steps']:,} steps, "
-            f"{summary['seconds']:.1f} s and {summary['compile_seconds']:.1f} s compiling; {path}"
+            f"{summary['seconds']:.1f} s{compiling}; {path}"
         )
 
 
 def _shown(figure: float | None) -> str:
-    """Return a figure of four decimals; `none` for that of no step, all having been left out."""
-    return "none" if figure is None else f"{figure:.4f}"
+    """Return a figure of four decimals, or digits if it is large; `none` for that of no step, all being left out."""
+    if figure is None:
+        return "none"
+    return f"{figure:.4f}" if abs(figure) < LARGE else f"{figure:.4g}"

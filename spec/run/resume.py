@@ -17,7 +17,7 @@ from spec.run import checkpoints, run_directory
 from spec.run.checkpoints import Checkpoint, recipe_hash
 from spec.run.display import Display
 from spec.run.lock import RunLock
-from spec.run.run_directory import CONFIG, SUMMARY, WEIGHTS
+from spec.run.run_directory import CONFIG, SUMMARY
 
 # What a state or a place in an epoch depends on.
 FIXED = ("seed", "data", "batch_size", "last_batch", "model", "precision")
@@ -89,6 +89,7 @@ def _go_on(run: Path, source: Path, out: Path, held: RunLock | None, flags: Flag
     if source == run:
         found, mistakes = checkpoints.newest_good(run / checkpoints.FOLDER, recipes=recipes)
     else:
+        _check_kept(source)
         found, mistakes = checkpoints.verify(source, recipes=recipes), []
     if found is None and (mistakes or summary is not None or out != run):
         listed = "".join(f"\n  {mistake}" for mistake in mistakes)
@@ -96,7 +97,16 @@ def _go_on(run: Path, source: Path, out: Path, held: RunLock | None, flags: Flag
     warnings = [f"not used: {mistake}" for mistake in mistakes]
     went_on_from = found.manifest["recipe_sha256"] if found else None
     start = {"out": out, "held": held, "resume": out == run, "checkpoint": found, "went_on_from": went_on_from}
-    return Start(**start, lines=[_line(found, run)], warnings=warnings)
+    told = [f"{name}: {was} there, {now} here" for name, (was, now) in changed.items()]
+    return Start(**start, lines=[_line(found, run), *told], warnings=warnings)
+
+
+def _check_kept(checkpoint: Path) -> None:
+    """Raise UserError, naming those that are there, for a checkpoint that is not."""
+    if not os.path.isdir(checkpoint):
+        kept = sorted(path.name for path in checkpoint.parent.glob("[0-9]*") if path.name.isdigit())
+        there = f"there are {', '.join(kept)}" if kept else "there is none"
+        raise UserError(f"--resume {checkpoint} is not kept; {there}")
 
 
 def _line(found: Checkpoint | None, run: Path) -> str:
@@ -153,14 +163,14 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _summary(run: Path) -> dict[str, Any] | None:
-    """Return the summary of a run that ended; None where it is not there, or not whole, or its weights are gone: the
+    """Return the summary of a run that ended; None where it is not whole, or the weights are not those it tells of: the
     last checkpoint gives both again."""
     try:
         summary = json.loads((run / SUMMARY).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     whole = isinstance(summary, Mapping) and summary.keys() >= set(Display.OUTCOME) | {"weights_sha256"}
-    return summary if whole and (summary["weights_sha256"] is None or (run / WEIGHTS).is_file()) else None
+    return summary if whole and summary["weights_sha256"] in (None, run_directory.weights_sha256(run)) else None
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

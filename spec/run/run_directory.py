@@ -36,7 +36,8 @@ def check_usable(path: Path, *, overwrite: bool, several: bool = False) -> None:
         raise RunDirectoryError(f"--out {path} is a file; name a directory that does not exist yet")
     there = contents(path)
     if there and not overwrite:
-        replace = "" if several else ", or add --overwrite to replace the run"
+        replace = ", or add --overwrite to replace the run" if CONFIG in there else ""
+        replace = "; several runs at once are not gone on with" if several else replace
         raise RunDirectoryError(f"--out {path} is not empty; name another directory{replace}")
     if strangers := [name for name in there if name not in CONTENT]:
         raise RunDirectoryError(
@@ -54,6 +55,8 @@ def run_of(path: Path) -> Path:
     for run in (path, path.parent.parent):
         if os.path.isfile(run / CONFIG):
             return run
+        if os.path.isdir(run / checkpoints.FOLDER):
+            raise RunDirectoryError(f"--resume {path}: {run} has checkpoints and no {CONFIG}; put that back")
     raise RunDirectoryError(
         f"--resume {path} is neither a run directory nor one of its checkpoints; name one, or use auto or never"
     )
@@ -70,6 +73,12 @@ def contents(path: Path) -> list[str]:
 def _is_left(name: str) -> bool:
     """Return whether a killed process left it."""
     return name == ASIDE or is_leftover(name, of=(*CONTENT, HOLDER))
+
+
+def weights_sha256(path: Path) -> str | None:
+    """Return the sha256 of a run's weights as they are; None where they are not there."""
+    file = path / WEIGHTS
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 class RunDirectory:

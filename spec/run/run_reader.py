@@ -63,15 +63,15 @@ def read(path: Path) -> Run:
     if not os.path.exists(file) and summary is not None:
         raise RunDirectoryError(
             f"{path} is finished and has no weights.safetensors: its numbers were not finite, or the file was removed; "
-            "train it again"
+            f"`{_resume(path, made_by)}` writes it again"
         )
     if not os.path.exists(file):
         raise RunDirectoryError(
-            f"{path} has no weights.safetensors: the run is not finished; `{python_command()} -m "
-            f"{TRAINERS[made_by or 'jax']} --resume {path}` goes on with it"
+            f"{path} has no weights.safetensors: the run is not finished; `{_resume(path, made_by)}` goes on with it"
         )
     content = weights.read_file(file)
-    _verify(content, file, (summary or {}).get(CHECKSUM) or config.get(CHECKSUM))
+    mend = f", or `{_resume(path, made_by)}`" if summary else ""
+    _verify(content, file, (summary or {}).get(CHECKSUM) or config.get(CHECKSUM), mend=mend)
     found = weights.from_safetensors(content, source=str(file))
     return Run(path=path, recipe=of, made_by=made_by, summary=summary, found=found)
 
@@ -81,11 +81,15 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _verify(content: bytes, file: Path, wanted: object) -> None:
+def _resume(path: Path, made_by: str | None) -> str:
+    return f"{python_command()} -m {TRAINERS[made_by or 'jax']} --resume {path}"
+
+
+def _verify(content: bytes, file: Path, wanted: object, *, mend: str) -> None:
     if wanted is not None and (digest := sha256(content)) != wanted:
         raise RunDirectoryError(
             f"{file} is damaged: its sha256 is {digest}, and should be {weights.shown(str(wanted))}; put back a good "
-            "copy, or train the run again"
+            f"copy{mend}"
         )
 
 

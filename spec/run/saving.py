@@ -112,6 +112,11 @@ class Saver:
             saving.result()
         self.directory.settle()
 
+    def check(self) -> None:
+        """Do what `wait` does, if there is nothing to wait for: what was refused is not kept for the next save."""
+        if self._saving and self._saving.done():
+            self.wait()
+
     def close(self) -> None:
         """Let what is being written come to its end; nothing is raised."""
         self._thread.shutdown()

@@ -123,6 +123,7 @@ class Session:
 
     def _take(self, event: Event) -> None:
         """Record an event, and save when it is time; what is recorded is at most one save ahead of what is kept."""
+        self.saver.check()
         ends = isinstance(event, EpochDone)
         due = self.saver.due_at_epochs_end() if ends else event.at_rest and self._is_due(event)
         if due:
