@@ -24,7 +24,6 @@ from jax_impl.programs import check_fits
 from jax_impl.stepper import Stepper, wait
 from jax_impl.trainer import IMPLEMENTATION
 from spec import sweep
-from spec.command_line import Flags
 from spec.datasets import Dataset
 from spec.datasets.sizes import size_of
 from spec.errors import UserError, require
@@ -40,7 +39,17 @@ from spec.sweep import ManyFlags, Setting, counted
 
 TABLE, CHART = "table.md", "chart.png"
 # Flags of `spec.run.program`, which saves what it can go on with; several runs at once do not.
-OF_ONE_RUN = ("resume", "resume_with_changes", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "dump_nonfinite")
+CHECKPOINTS = (
+    "resume",
+    "resume_with_changes",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "on_nonfinite",
+    "dump_nonfinite",
+)
+OF_ONE_RUN = dict.fromkeys(CHECKPOINTS, "make no checkpoints") | dict.fromkeys(
+    ("parallel", "devices", "uneven"), "train on one device"
+)
 
 
 class ManyTrainer(Stepper):
@@ -151,10 +160,10 @@ def _check(flags: ManyFlags) -> None:
     """Raise UserError for what cannot be done, before anything is trained."""
     if flags.overwrite:
         raise UserError("--overwrite replaces one run, and these are many; name a new directory with --out")
-    for field in dataclasses.fields(Flags):
+    for field in dataclasses.fields(flags):
         if field.name in OF_ONE_RUN and getattr(flags, field.name) != field.default:
             flag = field.name.replace("_", "-")
-            raise UserError(f"--{flag} is for one run; --seeds and --sweep make no checkpoints; leave it out")
+            raise UserError(f"--{flag} is for one run; --seeds and --sweep {OF_ONE_RUN[field.name]}; leave it out")
     if flags.out:
         run_directory.check_usable(flags.out, overwrite=False, several=True)
     if flags.sweep:
