@@ -354,7 +354,10 @@ def test_a_place_that_is_taken_is_refused_without_advice_that_would_be_refused(t
     (tmp_path / "seed-0").mkdir()
     ended = trainer_command("--recipe", "digits", "--seeds", 2, "--out", tmp_path)
     assert ended.status == 2
-    assert ended.err == f"error: --out {tmp_path} is not empty; name another directory\n"
+    assert (
+        ended.err
+        == f"error: --out {tmp_path} is not empty; name another directory; several runs at once are not gone on with\n"
+    )
 
 
 def test_a_directory_of_several_runs_is_no_recipe_and_says_which_are(trainer_command, tmp_path):

@@ -500,7 +500,10 @@ def test_a_csv_gives_its_columns_and_classes_in_the_order_of_the_labels(tmp_path
         ("", "holds no rows"),
         ("a,b,label\n", "holds no rows"),
         ("1\n0\n1\n", "has one column"),
-        ("1,2,0\n1,red,1\n", "'red' to float64 in data row 2, column 2; mend or drop that row"),
+        (
+            "1,2,0\n1,red,1\n",
+            "'red' to float64 in data row 2, column 2; every field must be a number, the label too; mend or",
+        ),
         ("1,2,0\n1,,1\n", "'' to float64 in data row 2, column 2"),
         ("h,i,j\n1,2,0\n1,2\n", "changed from 3 to 2 in data row 2; mend or drop that row"),
         ("1,2,0\n1,nan,1\n", "has nan in data row 2; every value must be a finite number"),

@@ -202,9 +202,8 @@ def _with_data_row(message: str) -> str:
     message = message.removesuffix(".").split("; use `usecols`")[0]
     first = 1 if "could not convert" in message else 0
     counted = re.sub(r"at row (\d+)", lambda found: f"in data row {int(found[1]) + first}", message)
-    if counted == message:
-        return message
-    return f"{counted}; every field is a number, the label in the last column too: mend or drop that row"
+    rule = "; every field must be a number, the label too" if "could not convert" in message else ""
+    return counted if counted == message else f"{counted}{rule}; mend or drop that row"
 
 
 def _refuse(path: Path, bad: np.ndarray, values: np.ndarray, rule: str) -> None:
