@@ -1,7 +1,8 @@
 """Runs of one recipe on one device and on several, in a process of its own that makes eight devices of the CPU.
 
 `python -m spec_tests.parallel_runs OUT RECIPE.json STEPS MODE:DEVICES ...` writes what each run came to into OUT, an
-.npz file: `MODE:DEVICES/NAME` for every array.
+.npz file: `MODE:DEVICES/NAME` for every array; and for every two of them, `FROM>TO`, whether TO has FROM's state to the
+bit, once it took over the checkpoint that FROM wrote.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from spec import datasets, recipe
 from spec.datasets import Dataset, Split
 from spec.recipe import Recipe
 from spec.run.history import EpochDone, StepsDone
+from spec.run.trainer import Trainer
 
 DEVICES = 8
+RESTORED = "restored"
 TESTED = 37  # examples to evaluate: no number of devices but 1 divides them
 
 Found = dict[str, dict[str, np.ndarray]]
@@ -33,7 +36,7 @@ def runs(folder: Path, of: Recipe, steps: int, places: Sequence[str]) -> Found:
     command = [sys.executable, "-m", "spec_tests.parallel_runs", str(out), str(given), str(steps), *places]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    found: Found = {place: {} for place in places}
+    found: Found = {place: {} for place in (*places, RESTORED)}
     with np.load(out) as arrays:
         for name, array in arrays.items():
             place, of_place = name.split("/")
@@ -53,8 +56,8 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
+    from jax_impl import trainer as jax_trainer
     from jax_impl.parallel import place
-    from jax_impl.trainer import Trainer
 
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -62,11 +65,11 @@ def main() -> None:
     )
     out, given, steps, *places = sys.argv[1:]
     of = recipe.parse(json.loads(Path(given).read_text())["recipe"], source=given)
-    dataset, arrays = few(of, int(steps)), {}
+    dataset, arrays, trainers = few(of, int(steps)), {}, {}
     for name in places:
         mode, devices = name.split(":")
         compiled.clear()
-        trainer = Trainer(of, dataset, place("cpu", parallel=mode, devices=int(devices)))
+        trainer = jax_trainer.Trainer(of, dataset, place("cpu", parallel=mode, devices=int(devices)))
         events = list(trainer.events())
         trained, tested = ([event for event in events if isinstance(event, kind)] for kind in (StepsDone, EpochDone))
         found = {f"state.{leaf}": array for leaf, array in trainer.state().items()}
@@ -77,7 +80,30 @@ def main() -> None:
         found["test_correct"] = np.concatenate([event.test_correct for event in tested])
         found["compiled"] = np.array(len(compiled))
         arrays |= {f"{name}/{array}": value for array, value in found.items()}
-    np.savez(out, **arrays)
+        trainers[name] = trainer
+    np.savez(out, **arrays, **restored(trainers, Path(out).parent))
+
+
+def restored(trainers: Mapping[str, Trainer], folder: Path) -> dict[str, np.ndarray]:
+    """Return for every two trainers whether the second has the first one's state, once it took over its checkpoint."""
+    from jax_impl import checkpoint
+
+    same = {}
+    snapshots = {name: trainer.snapshot() for name, trainer in trainers.items()}
+    for name, snapshot in snapshots.items():
+        place = folder / name.replace(":", "-")
+        place.mkdir()
+        checkpoint.write(snapshot, place)
+        for other, trainer in trainers.items():
+            trainer.restore(checkpoint.read(place, like=trainer.snapshot()))
+            same[f"{RESTORED}/{name}>{other}"] = np.array(_bits(trainer.snapshot()) == _bits(snapshot))
+    return same
+
+
+def _bits(snapshot: object) -> list[tuple]:
+    import jax
+
+    return [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in jax.tree.leaves(snapshot)]
 
 
 if __name__ == "__main__":

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jax_impl.parallel import Placement, place
 from spec import recipe
 from spec.errors import UserError
-from spec_tests.parallel_runs import runs
+from spec_tests.parallel_runs import RESTORED, runs
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-12}
 MODES, DEVICES = ("sharded", "pmap"), (1, 2, 3, 4, 8)
 ALL = tuple(f"{mode}:{devices}" for mode in MODES for devices in DEVICES)
-FEW = ("sharded:2", "sharded:3", "pmap:2", "pmap:3")
+FEW = ("sharded:3", "pmap:3")  # neither divides a batch of 16
 
 
 def small(name: str, **changes: object) -> recipe.Recipe:
@@ -48,11 +52,37 @@ def assert_same_runs(found: dict, precision: str, *, places: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_several_devices_train_the_run_of_one(kind, tmp_path, fashion_mnist):
-    places = FEW if kind == "cnn" else ALL
+def test_several_devices_train_the_run_of_one(kind, tmp_path, fashion_mnist, counted):
+    places = ALL if kind == "mlp" else FEW
     of = dataclasses.replace(SMALL[kind], precision="float64")
     found = runs(tmp_path, of, 7, ["jit:1", *places])
     assert_same_runs(found, "float64", places=places)
+    assert len(found[RESTORED]) == (len(places) + 1) ** 2
+    assert all(found[RESTORED].values())
+    counted("R11 runs on several devices", len(places))
+    counted("R11 states saved on some devices and restored on others", len(found[RESTORED]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_command_trains_on_several_devices_and_goes_on_with_another_number(mode, tmp_path):
+    flags = ["--recipe", "digits", "--quiet", "--platform", "cpu"]
+    train = [sys.executable, "-m", "jax_impl.train", *flags]
+    spread = [*train, "--parallel", mode, "--out", str(tmp_path / "spread")]
+    more = ["--resume-with-changes", "--epochs", "2"]
+    for command in (
+        [*spread, "--devices", "3", "--epochs", "1"],
+        [*spread, "--devices", "2", *more],
+        [*train, "--epochs", "2", "--out", str(tmp_path / "alone")],
+    ):
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+    config = json.loads((tmp_path / "spread" / "config.json").read_text())
+    assert config["devices"] == ["cpu:cpu:0", "cpu:cpu:1"]
+    spread, alone = (load_file(tmp_path / name / "weights.safetensors") for name in ("spread", "alone"))
+    for name in alone:
+        assert np.abs(spread[name] - alone[name]).max() <= BOUNDS["float32"], name
+    refused = subprocess.run([*train, "--parallel", mode, "--devices", "0"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (2, "error: --devices 0 are none; use 1 at least\n")
 
 
 @pytest.mark.slow(minutes=5)
