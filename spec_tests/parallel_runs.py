@@ -7,6 +7,11 @@ bit, once it took over the checkpoint that FROM wrote.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from spec.errors import run_program
+
+    run_program(__spec__.name)
+
 import dataclasses
 import json
 import subprocess
@@ -104,7 +109,3 @@ def _bits(snapshot: object) -> list[tuple]:
     import jax
 
     return [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in jax.tree.leaves(snapshot)]
-
-
-if __name__ == "__main__":
-    main()

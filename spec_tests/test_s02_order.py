@@ -117,7 +117,7 @@ def jaxs_batches(counts: Counts, seed: int, epoch: int, steps_per_call: int) -> 
     """Return the code of each batch that the compiled epoch takes, its span cut into calls."""
     with jax_impl.programs.precision_scope("float64"):
 
-        def train_step(state, images, labels, key):
+        def train_step(state, images, labels, key, **_):
             return state._replace(params=state.params + 1), StepMetrics(
                 (images + 1) @ 32.0 ** jnp.arange(len(images)), labels[0]
             )
