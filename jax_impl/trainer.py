@@ -15,7 +15,7 @@ from jax_impl import checkpoint
 from jax_impl.background import in_background
 from jax_impl.compile_cache import keep_compiled_programs
 from jax_impl.convert import from_canonical, optimizer_to_canonical, to_canonical
-from jax_impl.parallel import Placement, place
+from jax_impl.parallel import Mode, Placement, place
 from jax_impl.programs import compile_programs, precision_scope, stored_dtype
 from jax_impl.step import TrainState
 from jax_impl.stepper import Stepper, wait
@@ -112,9 +112,10 @@ def memory_explained() -> Iterator[None]:
         ) from None
 
 
-def _start(platform: str | None, **asked: Any) -> Placement:
+def _start(platform: str | None, *, parallel: Mode | None = "jit", **asked: Any) -> Placement:
+    """Return where a program runs: on one device, unless it is asked of how many."""
     keep_compiled_programs()
-    return place(platform, **asked)
+    return place(platform, parallel=parallel, **asked)
 
 
 IMPLEMENTATION = Implementation(

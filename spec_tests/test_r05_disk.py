@@ -18,10 +18,13 @@ import jax_impl.checkpoint
 import jax_impl.step
 import jax_impl.trainer
 import torch_ref.trainer
-from spec import files
+from spec import files, recipe
+from spec.batches import count
+from spec.errors import RunDirectoryError
 from spec.run import checkpoints
+from spec.run.history import History
 from spec.run.run_directory import RunDirectory
-from spec.run.saving import Saver
+from spec.run.saving import Saver, parse_interval
 from spec_tests.conftest import FRAMEWORKS, Ended
 from spec_tests.processes import started
 
@@ -162,13 +165,28 @@ def test_what_tensorstore_says_of_the_disk_is_the_error_that_it_is(said, number,
         jax_impl.checkpoint.write(state, tmp_path)
 
 
-def test_a_save_that_was_refused_is_not_kept_for_the_next(trainer_command, tmp_path, monkeypatch):
-    state_writer(monkeypatch, "torch", errno.ENOSPC)
-    saved = []
-    monkeypatch.setattr(Saver, "wait", lambda self, wait=Saver.wait: (saved.append(self.saved), wait(self)))
-    ended = trainer_command(*FLAGS, "--epochs", "40", "--out", tmp_path / "run", framework="torch")
-    assert_short_refusal(ended, tmp_path / "run", os.strerror(errno.ENOSPC))
-    assert saved[-1].epoch == 4  # the end of the third epoch; it is not waited for until the fourth has its save
+def test_a_save_that_was_refused_is_heard_of_with_the_next_steps(trainer_command, tmp_path, monkeypatch):
+    with RunDirectory(tmp_path / "made", "digits") as directory:
+        directory.begin({})
+        saver = Saver(directory, parse_interval("1"), keep=1, about=dict, write_state=refused)
+        saver.check()  # nothing is being saved
+        digits = recipe.load("digits")
+        history = History(counts=count(digits, 1_438), metrics=digits.metrics)
+        saver.save(None, history, score=None)
+        saver.close()
+        with pytest.raises(RunDirectoryError, match=os.strerror(errno.ENOSPC)):
+            saver.check()
+
+    def said(self: Saver) -> None:
+        raise RunDirectoryError("the last save was refused")
+
+    monkeypatch.setattr(Saver, "check", said)
+    ended = trainer_command(*FLAGS, "--checkpoint-every", "never", "--out", tmp_path / "run", framework="torch")
+    assert (ended.status, ended.err) == (2, "error: the last save was refused\n")
+
+
+def refused(snapshot: object, folder: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def assert_short_refusal(ended: tuple, run: Path, reason: str) -> None:

@@ -6,14 +6,19 @@ import dataclasses
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jax_impl import parallel
 from jax_impl.parallel import Placement, place
+from jax_impl.trainer import IMPLEMENTATION
 from spec import recipe
 from spec.errors import UserError
+from spec.sweep import ManyFlags
 from spec_tests.parallel_runs import RESTORED, runs
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-12}
@@ -127,3 +132,12 @@ def test_devices_that_are_not_there_are_refused(flags, said):
     place("cpu")  # from now on the CPU is not divided any further
     with pytest.raises(UserError, match=said):
         place("cpu", **flags)
+
+
+def test_a_run_takes_all_of_an_accelerators_devices_and_what_does_not_ask_takes_one(monkeypatch):
+    there = [Mock(spec=jax.Device, platform="gpu") for _ in range(2)]  # beartype asks them whether they are devices
+    monkeypatch.setattr(parallel, "_devices", lambda platform: there)
+    assert place(None) == Placement("sharded", tuple(there))
+    asked = ManyFlags(config=recipe.load("digits")).devices_asked()
+    assert IMPLEMENTATION.select_device(**asked) == Placement("sharded", tuple(there))
+    assert IMPLEMENTATION.select_device(None) == Placement("jit", (there[0],))  # evaluate, predict, several runs
