@@ -31,7 +31,7 @@ def write(state: TrainState, folder: Path) -> None:
 
     leaves = _plain(state)
     _reserve(folder, sum(leaf.nbytes for leaf in leaves.values()))
-    with _refusals_as_errors():
+    with _refusals_as_errors(), _alone():
         ocp.save(folder.absolute() / STATE, leaves)
 
 
@@ -43,13 +43,15 @@ def read(folder: Path, *, like: TrainState) -> TrainState:
     import orbax.checkpoint.experimental.v1 as ocp
 
     path = folder.absolute() / STATE
-    there = ocp.metadata(path).metadata
+    with _alone():
+        there = ocp.metadata(path).metadata
     found = {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in there.items()}
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _plain(like).items()}
     if found != wanted:
         names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
         raise CheckpointError(f"{path} is the state of another network or optimiser: {', '.join(names[:5])} do not fit")
-    loaded = ocp.load(path, _plain(like))
+    with _alone():
+        loaded = ocp.load(path, _plain(like))
     return jax.tree.unflatten(jax.tree.structure(like), [np.asarray(loaded[name]) for name in _plain(like)])
 
 
@@ -77,6 +79,27 @@ def _refusals_as_errors() -> Iterator[None]:
         raise OSError(code, os.strerror(code)) from None
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Have Orbax do what it does in this process alone: of several processes one has all of the state, and writes.
+
+    Asked to, Orbax still compares the path with that of every process, and would wait for them for ever, unless it
+    takes this process for the only one.
+    """
+    import orbax.checkpoint.experimental.v1 as ocp
+    from orbax.checkpoint.experimental.v1._src.saving import execution
+
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    count = execution.multihost.process_count
+    execution.multihost.process_count = lambda: 1
+    try:
+        with ocp.Context(multiprocessing_options=options):
+            yield
+    finally:
+        execution.multihost.process_count = count
 
 
 def _plain(state: TrainState) -> dict[str, np.ndarray]:

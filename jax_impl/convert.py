@@ -14,12 +14,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
+from jax_impl.parallel import put
 from spec.params import Leaf
 
 _ATTRIBUTES = {
@@ -43,7 +43,7 @@ def from_canonical(
     for leaf in leaves:
         array = np.array(_to_flax(state[leaf.name], leaf), dtype=dtype, order="C", copy=True)
         tree = params if leaf.trained else batch_stats
-        tree.setdefault(leaf.name.split(".")[0], {})[_ATTRIBUTES[leaf.role]] = jax.device_put(array, device)
+        tree.setdefault(leaf.name.split(".")[0], {})[_ATTRIBUTES[leaf.role]] = put(array, device)
     return params, batch_stats
 
 
@@ -73,7 +73,7 @@ def optimizer_from_canonical(
             arrays = {leaf.name: opt_state[f"{kind}.{leaf.name}"] for leaf in trained}
             values[name], _ = from_canonical(arrays, trained, dtype=dtype, device=device)
     if optax.tree_utils.tree_get_all_with_path(fresh, "count"):
-        values["count"] = jax.device_put(jnp.int32(opt_state["step"]), device)
+        values["count"] = put(np.int32(opt_state["step"]), device)
     return optax.tree_utils.tree_set(fresh, **values) if values else fresh
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from spec.errors import UserError
 
@@ -131,7 +132,7 @@ class Placement:
 
     def put(self, tree: Any) -> Any:
         """Return the arrays of a tree, whole on every device."""
-        return jax.device_put(tree, self.replicated)
+        return jax.tree.map(lambda leaf: put(leaf, self.replicated), tree)
 
     def shape(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         """Return what stands for an array that is whole on every device."""
@@ -146,7 +147,7 @@ class Placement:
         return jax.jit(function, donate_argnums=(0,) * donates, **outs).lower(*arguments).compile()
 
     def _pmapped(self, function: Callable, arguments: Sequence[Any], donates: bool) -> Callable:
-        ranks = np.arange(len(self.devices), dtype=np.int32)  # pmap wants an argument to go by
+        ranks = self._ranks()
 
         def on_each(rank: jax.Array, *arguments: Any) -> Any:
             return function(*arguments)
@@ -159,8 +160,18 @@ class Placement:
             devices=self.devices,
             donate_argnums=(1,) * donates,
         )
+        if not self.replicated.is_fully_addressable:  # pmap cannot be lowered for the shapes of several processes
+            arguments = jax.tree.map(lambda leaf: put(np.zeros(leaf.shape, leaf.dtype), self.replicated), arguments)
         program = mapped.lower(ranks, *arguments).compile()
         return lambda *given: program(ranks, *given)
+
+    def _ranks(self) -> np.ndarray | jax.Array:
+        """Return an argument for pmap to go by: it wants one that is divided, of this process's devices before
+        jax 0.8, and of all since."""
+        ranks = np.arange(len(self.devices), dtype=np.int32)
+        if not getattr(jax.config, "jax_pmap_shmap_merge", True):
+            return ranks[: sum(device.process_index == jax.process_index() for device in self.devices)]
+        return put(ranks, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
     @property
     def _mesh(self) -> Mesh:
@@ -170,7 +181,8 @@ class Placement:
 def place(
     platform: str | None, *, parallel: Mode | None = None, devices: int | None = None, uneven: str = "pad"
 ) -> Placement:
-    """Return where a run is placed: on `devices` of the platform's, all of an accelerator's and one CPU unless given.
+    """Return where a run is placed: on `devices` of the platform's in each process of the run, all of an accelerator's
+    and one CPU unless given.
 
     A CPU is as many devices as one asks for, each with its own copy of everything. Raises UserError for what there is
     not.
@@ -181,12 +193,24 @@ def place(
         raise UserError(f"--parallel jit is for one device, and --devices is {devices}; use sharded or pmap")
     if devices is not None:
         _split_cpu(devices)
-    there = _devices(platform)
-    wanted = devices or (1 if there[0].platform == "cpu" or parallel == "jit" else len(there))
-    if wanted > len(there):
-        names = f"{len(there)} {there[0].platform} device{'s' * (len(there) > 1)}"
-        raise UserError(f"--devices {wanted} is more than there are: {names}; use {len(there)} or less")
-    return Placement(parallel or ("jit" if wanted == 1 else "sharded"), tuple(there[:wanted]), uneven)
+    there = [list(own) for _, own in itertools.groupby(_devices(platform), lambda device: device.process_index)]
+    if parallel == "jit" and len(there) > 1:
+        raise UserError(f"--parallel jit is for one device, and there are {len(there)} processes; use sharded or pmap")
+    single = parallel == "jit" or there[0][0].platform == "cpu"
+    for own in there:
+        if devices and devices > len(own):
+            names = f"{len(own)} {own[0].platform} device{'s' * (len(own) > 1)}"
+            raise UserError(f"--devices {devices} is more than there are: {names}; use {len(own)} or less")
+    chosen = tuple(device for own in there for device in own[: devices or (1 if single else None)])
+    return Placement(parallel or ("jit" if len(chosen) == 1 else "sharded"), chosen, uneven)
+
+
+def put(array: ArrayLike, device: jax.Device | Sharding) -> jax.Array:
+    """Return an array on a device, or as it lies over several; where some are another process's, each has its own."""
+    if isinstance(device, jax.Device) or device.is_fully_addressable:
+        return jax.device_put(array, device)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, device, lambda index: array[index])
 
 
 def select_device(platform: str | None) -> jax.Device:

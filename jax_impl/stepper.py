@@ -98,8 +98,12 @@ class Stepper:
         if self.test_split is None:
             return None
         metrics = self._evaluate(self._state, self.test_split)
-        wait(metrics, cancelled)
+        self._wait(metrics, cancelled)
         return metrics
+
+    def _wait(self, arrays: Sequence[jax.Array], cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Wait for what the device is at. Raises Cancelled once `cancelled` says so."""
+        wait(arrays, cancelled)
 
 
 def put(dataset: Dataset, preprocessing: Preprocessing, placement: Placement) -> tuple[DeviceSplit, DeviceSplit | None]:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spec import command_line, sweep
+from spec import command_line, processes, sweep
 from spec.sweep import ManyFlags
 
 
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind=ManyFlags,
     )
     sweep.check_given(arguments, flags)
+    processes.check(flags)
     if flags.list:
         command_line.print_recipes()
     elif flags.print_config:
@@ -33,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # XLA calls two tuning preferences of its own compiler missing processor features whenever it loads a kept
         # program, in an error a kernel (https://github.com/jax-ml/jax/issues/38445); what is serious is raised.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        if flags.seeds is not None or flags.sweep:
+        if flags.distributed:
+            from jax_impl.processes import run
+
+            run(flags)
+        elif flags.seeds is not None or flags.sweep:
             from jax_impl.many import run
 
             run(flags)

@@ -18,7 +18,7 @@ from jax_impl.convert import from_canonical, optimizer_to_canonical, to_canonica
 from jax_impl.parallel import Mode, Placement, place
 from jax_impl.programs import compile_programs, precision_scope, stored_dtype
 from jax_impl.step import TrainState
-from jax_impl.stepper import Stepper, wait
+from jax_impl.stepper import Stepper
 from spec import datasets
 from spec.datasets import Dataset
 from spec.datasets.sizes import Size, known_size, size_of
@@ -36,7 +36,7 @@ class Trainer(Stepper, spec.run.trainer.Trainer):
         metrics, finite = self._run(epoch, start, stop)
 
         def done() -> StepsDone:
-            wait((*metrics, finite))
+            self._wait((*metrics, finite))
             losses, num_correct = (np.asarray(leaf)[start:stop] for leaf in metrics)
             return StepsDone(
                 epoch=epoch, start=start, stop=stop, losses=losses, num_correct=num_correct, finite=bool(finite)
@@ -77,8 +77,11 @@ class Trainer(Stepper, spec.run.trainer.Trainer):
         return state | {f"optimizer.{name}": array for name, array in buffers.items()}
 
 
-def prepare(recipe: Recipe, placement: Placement, *, skips: bool = False) -> Callable[[Dataset], Trainer]:
-    """Return what makes a trainer of a data set. Where its size is known, compilation starts now, in the background.
+def prepare(
+    recipe: Recipe, placement: Placement, *, skips: bool = False, kind: Callable[..., Trainer] = Trainer
+) -> Callable[[Dataset], Trainer]:
+    """Return what makes a trainer, of that `kind`, of a data set. Where its size is known, compilation starts now, in
+    the background.
 
     With `skips`, steps that make a number infinite or nan are left out.
     """
@@ -93,7 +96,7 @@ def prepare(recipe: Recipe, placement: Placement, *, skips: bool = False) -> Cal
     def trainer(dataset: Dataset) -> Trainer:
         # The programs' state is donated by the first trainer: a second one gets its own.
         programs = known.pop() if known and size_of(dataset) == size else compiling(size_of(dataset))
-        return Trainer(recipe, dataset, placement, programs=programs.result())
+        return kind(recipe, dataset, placement, programs=programs.result())
 
     return trainer
 

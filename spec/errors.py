@@ -1,4 +1,4 @@
-"""The errors a user can cause and mend. Programs print them on one to ten lines and exit with status 2."""
+"""The errors a user can cause or mend. Programs print them on one to ten lines and exit with status 2, or their own."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ MOST_LISTED = 500  # lines of a message that lists all there is, as that of a st
 class UserError(Exception):
     """Something the user gave is wrong; the message names the value, the rule and the mend."""
 
+    status = 2  # of the process that ends with it
+
 
 class RecipeError(UserError):
     """A recipe, or a change made to it on the command line, breaks a rule."""
@@ -35,6 +37,12 @@ class StateError(UserError):
 
 class RunDirectoryError(UserError):
     """A run directory cannot be used or written."""
+
+
+class LostProcessError(UserError):
+    """A process of the run is gone, or never came; started again, all of them may well go on."""
+
+    status = os.EX_TEMPFAIL  # so that whatever starts programs knows that this one is worth another try
 
 
 def shown(text: str, *, most: int = 60) -> str:
@@ -104,15 +112,15 @@ def _lines(message: str, *, most: int) -> list[str]:
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`; return 0, 2 after a mistake of the user's, 130 or 143 after SIGINT or SIGTERM, 141 after a broken
-    pipe."""
+    """Run `program`; return 0, 2 after a mistake of the user's, 75 where another process was lost, 130 or 143 after
+    SIGINT or SIGTERM, 141 after a broken pipe."""
     try:
         program()
         print(end="", flush=True)
     except UserError as error:
         most = MOST_LISTED if isinstance(error, StateError) else MOST_LINES
         print("\n".join(_lines(f"error: {error}", most=most)), file=sys.stderr)
-        return 2
+        return error.status
     except MemoryError as error:
         print(f"error: not enough memory ({error}); use a smaller batch, network or data set", file=sys.stderr)
         return 2

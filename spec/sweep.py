@@ -54,9 +54,21 @@ class ManyFlags(Flags):
     """jit: on one device; sharded: every batch divided by the compiler; pmap: a program a device; sharded on several
     devices, unless given"""
     devices: int | None = None
-    """how many devices; all of an accelerator's, one CPU, unless given"""
+    """how many devices, of each process; all of an accelerator's, one CPU, unless given"""
     uneven: Literal["pad", "refuse"] = "pad"
     """what becomes of a batch that does not divide by the devices"""
+    distributed: bool = False
+    """be one of the processes of a run; Slurm, Kubernetes, Cloud TPU and Open MPI say which, or the next three do"""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where it takes the others' calls"""
+    num_processes: int | None = None
+    """how many processes the run has"""
+    process_id: int | None = None
+    """which of them this is, from 0; that one writes the run directory"""
+    connect_timeout: int = 300
+    """seconds until all processes have to be there"""
+    heartbeat_timeout: int = 100
+    """seconds after which a process that is not heard of is taken for dead, and the others leave"""
 
     def devices_asked(self) -> dict[str, Any]:
         """Return what the flags say of devices."""

@@ -135,7 +135,9 @@ def test_devices_that_are_not_there_are_refused(flags, said):
 
 
 def test_a_run_takes_all_of_an_accelerators_devices_and_what_does_not_ask_takes_one(monkeypatch):
-    there = [Mock(spec=jax.Device, platform="gpu") for _ in range(2)]  # beartype asks them whether they are devices
+    there = [
+        Mock(spec=jax.Device, platform="gpu", process_index=0) for _ in range(2)
+    ]  # beartype asks them whether they are devices
     monkeypatch.setattr(parallel, "_devices", lambda platform: there)
     assert place(None) == Placement("sharded", tuple(there))
     asked = ManyFlags(config=recipe.load("digits")).devices_asked()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -62,6 +63,16 @@ def preprocess(dataset: Dataset, preprocessing: Preprocessing) -> Dataset:
     if not all(np.isfinite(split.inputs).all() for split in (train, test) if split):
         raise DataError(f"{dataset.name} has values that overflow float32 after preprocessing; scale them down")
     return replace(dataset, train=train, test=test)
+
+
+def sha256(dataset: Dataset) -> str:
+    """Return the sha256 of the inputs and the labels of both splits."""
+    whole = hashlib.sha256()
+    for split in filter(None, (dataset.train, dataset.test)):
+        for array in split:
+            whole.update(f"{array.dtype}{array.shape}".encode())
+            whole.update(np.ascontiguousarray(array).data)
+    return whole.hexdigest()
 
 
 def value_table(preprocessing: Preprocessing) -> np.ndarray | None:

@@ -70,7 +70,7 @@ def plan(flags: Flags, framework: str) -> Start:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the fields by which two recipes' mappings differ, by their paths, with both values; None where there is
     none."""
-    before, after = (dict(_flat(checkpoints.told(recipe))) for recipe in (old, new))
+    before, after = (dict(flat(checkpoints.told(recipe))) for recipe in (old, new))
     names = dict.fromkeys((*before, *after))
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
@@ -173,9 +173,10 @@ def _summary(run: Path) -> dict[str, Any] | None:
     return summary if whole and summary["weights_sha256"] in (None, run_directory.weights_sha256(run)) else None
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a recipe's mapping by their paths: `model.hidden_sizes`."""
     for name, value in mapping.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Mapping
-
-import numpy as np
 
 from spec import signals
 from spec.command_line import Flags
 from spec.datasets import Dataset
+from spec.datasets.dataset import sha256
 from spec.errors import UserError
 from spec.run import checkpoints, faults
 from spec.run.checkpoints import Checkpoint
@@ -61,13 +59,8 @@ class Session:
 
     @functools.cached_property
     def data_sha256(self) -> str:
-        """Return the sha256 of the data set: inputs and labels of both splits."""
-        whole = hashlib.sha256()
-        for split in filter(None, (self.dataset.train, self.dataset.test)):
-            for array in split:
-                whole.update(f"{array.dtype}{array.shape}".encode())
-                whole.update(np.ascontiguousarray(array).data)
-        return whole.hexdigest()
+        """Return the sha256 of the data set, read once."""
+        return sha256(self.dataset)
 
     def begin(self, start: Start) -> None:
         """Put trainer, recorder and directory where the run starts. Raises UserError when it does not fit there."""
@@ -105,7 +98,7 @@ class Session:
             pace = Pace(
                 rests=lambda position: self.saver.due(position, self.trainer.counts.steps_per_epoch),
                 boundary=self.saver.interval.steps,
-                stopped=request.came,
+                stopped=self._stopped,
             )
             with self.display.running(self.trainer.counts):
                 for event in self.trainer.events(start=self.history.position, pace=pace):
@@ -120,6 +113,12 @@ class Session:
                 self.display.warning("no weights are written: the last state is not finite")
         seconds = sum(figures["seconds"] for figures in self.recorder.epochs)
         return self.recorder.summary(seconds, self.trainer.compile_seconds) | {"weights_sha256": sha256}
+
+    def _stopped(self) -> bool:
+        """Return whether a signal has come, to this process or to another one of the run."""
+        if not self.request.came() and (number := self.trainer.signal_elsewhere()):
+            self.request.number = number
+        return self.request.came()
 
     def _take(self, event: Event) -> None:
         """Record an event, and save when it is time; what is recorded is at most one save ahead of what is kept."""
@@ -157,7 +156,7 @@ class Session:
         """Raise DivergedError for a run that is no longer sound at `bad`, naming the step that spoiled it."""
         self.saver.wait()
         try:
-            fault = faults.find(self.trainer, self.sound, self.good, bad, Pace(stopped=self.request.came))
+            fault = faults.find(self.trainer, self.sound, self.good, bad, Pace(stopped=self._stopped))
         except Cancelled:
             message = f"stopped while looking for the step of epoch {bad.epoch} after which a number is not finite"
             raise Stopped(self.request.number, message) from None

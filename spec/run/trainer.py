@@ -63,6 +63,10 @@ class Trainer(ABC):
     def named(self, snapshot: Any) -> Mapping[str, np.ndarray]:
         """Return the arrays of a snapshot: the canonical state, then the optimiser's as `optimizer.NAME`."""
 
+    def signal_elsewhere(self) -> int | None:
+        """Return the number of a signal that another process of this run was given; None without one."""
+        return None
+
     def events(self, *, start: Position = START, pace: Pace | None = None) -> Iterator[Event]:
         """Run every epoch from `start` on, yielding what happens, until the end or until the pace says to stop; unless
         one is given, an epoch's steps are one call.
