@@ -92,11 +92,12 @@ def _alone() -> Iterator[None]:
     from orbax.checkpoint.experimental.v1._src.saving import execution
 
     own = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    context = ocp.Context()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = own, {own}
     count = execution.multihost.process_count
     execution.multihost.process_count = lambda: 1
     try:
-        with ocp.Context(multiprocessing_options=options):
+        with context:
             yield
     finally:
         execution.multihost.process_count = count

@@ -61,7 +61,8 @@ class Group:
         self._commands += 1
 
     def told(self, meanwhile: Callable[[], None]) -> tuple[str, list[int]]:
-        """Return what process 0 wrote down next, once it did; `meanwhile` is called every now and then."""
+        """Return what process 0 wrote down next, once it did; `meanwhile` is called first, and every now and then."""
+        meanwhile()
         command, *numbers = json.loads(self._wait_for(f"command/{self._commands}", meanwhile))
         self._commands += 1
         return command, numbers
@@ -224,7 +225,7 @@ def _check_free(coordinator: str) -> None:
     try:
         socket.create_server((host.strip("[]"), int(port)), family=_family(host)).close()
     except OSError as error:
-        said = f"--coordinator {coordinator} cannot be opened here: {error.strerror}"
+        said = f"--coordinator {coordinator} cannot be opened here: {os.strerror(error.errno)}"
         raise UserError(f"{said}; name another port") from None
 
 

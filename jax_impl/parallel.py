@@ -197,10 +197,11 @@ def place(
     if parallel == "jit" and len(there) > 1:
         raise UserError(f"--parallel jit is for one device, and there are {len(there)} processes; use sharded or pmap")
     single = parallel == "jit" or there[0][0].platform == "cpu"
-    for own in there:
+    for process, own in enumerate(there):
         if devices and devices > len(own):
             names = f"{len(own)} {own[0].platform} device{'s' * (len(own) > 1)}"
-            raise UserError(f"--devices {devices} is more than there are: {names}; use {len(own)} or less")
+            where = f"process {process} has" if len(there) > 1 else "there are"
+            raise UserError(f"--devices {devices} is more than {where}: {names}; use {len(own)} or less")
     chosen = tuple(device for own in there for device in own[: devices or (1 if single else None)])
     return Placement(parallel or ("jit" if len(chosen) == 1 else "sharded"), chosen, uneven)
 

@@ -108,6 +108,8 @@ def _follow(flags: ManyFlags, group: Group, placement: Placement) -> Mapping[str
             waiting: deque[Callable] = deque()
             while (command := group.told(heard))[0] != "end":
                 _do(trainer, *command, waiting)
+    if request.came():
+        raise signals.Stopped(request.number, program.TOO_LATE)
     return {}
 
 

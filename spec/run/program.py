@@ -22,6 +22,8 @@ from spec.run.session import Session
 from spec.run.trainer import Implementation
 from spec.signals import Stopped
 
+TOO_LATE = "the run was at its end: it is finished"  # what a signal found that came then
+
 
 def run(flags: Flags, implementation: Implementation) -> Mapping:
     """Train as the flags say, write the run directory and print its last line; return the summary.
@@ -67,7 +69,7 @@ def _run(flags: Flags, implementation: Implementation, start: Start, display: Di
             directory.write_json(SUMMARY, summary)
     display.last_line(summary, directory.path)
     if session.request.came():  # too late to stop anything; whoever waits for the signal's status gets it
-        raise Stopped(session.request.number, "the run was at its end: it is finished")
+        raise Stopped(session.request.number, TOO_LATE)
     return summary
 
 

@@ -1,0 +1,258 @@
+"""S11, R12: a run of several processes is that of one; what goes wrong in one is heard of in all, and made good."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from spec import recipe
+from spec.errors import UserError
+from spec.processes import check
+from spec.run import checkpoints
+from spec.sweep import ManyFlags
+from spec_tests.processes import Started, started
+
+HEARTBEAT = 10  # seconds
+SLACK = 5.0  # seconds that the survivors may take beyond it (R12)
+AGREE = 1e-12
+MODES = ("sharded", "pmap")
+DIGITS = ["--recipe", "digits", "--precision", "float64", "--platform", "cpu"]
+SHORT = [*DIGITS, "--batch-size", "6", "--learning-rate", "0.01", "--epochs", "1"]
+LONG = [*SHORT, "--epochs", "5", "--checkpoint-every", "50", "--metrics.progress-every", "10"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def members(
+    folder: Path, arguments: Sequence[object], *, processes: int, own: dict[int, Sequence[object]] | None = None
+) -> Iterator[list[Started]]:
+    """Run the processes of one run on this machine, each with the same arguments, and those that are its `own`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    address = f"127.0.0.1:{free_port()}"
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(member(folder, address, processes, number, [*arguments, *(own or {}).get(number, ())]))
+            for number in range(processes)
+        ]
+
+
+def member(
+    folder: Path, address: str, processes: int, number: int, arguments: Sequence[object]
+) -> contextlib.AbstractContextManager[Started]:
+    place = folder / f"process-{number}"
+    place.mkdir(exist_ok=True)
+    which = ["--coordinator", address, "--num-processes", processes, "--process-id", number]
+    given = ["--distributed", *which, "--heartbeat-timeout", HEARTBEAT, *arguments]
+    return started(place, "jax", list(map(str, given)), cache=folder / f"compiled-{number}")
+
+
+def train(folder: Path, arguments: Sequence[object], *, processes: int) -> None:
+    """Run all processes to their end."""
+    with members(folder, arguments, processes=processes) as run:
+        assert [process.ended() for process in run] == [0] * processes, [one.err.read_text() for one in run]
+        assert [process.err.read_text() for process in run] == [""] * processes
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "weights.safetensors")
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    found, wanted = weights(run), weights(other)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert np.abs(found[name] - wanted[name]).max() <= AGREE, name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run of LONG in one process."""
+    return run_of_one(tmp_path_factory.mktemp("alone"), LONG)
+
+
+def run_of_one(folder: Path, arguments: Sequence[str]) -> Path:
+    with started(folder, "jax", [*arguments, "--out", str(folder / "run")], cache=folder / "compiled") as process:
+        assert process.ended() == 0, process.err.read_text()
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("processes", "devices", "mode"), [(2, 2, "pmap"), (4, 1, "sharded")])
+def test_several_processes_train_the_run_of_one(processes, devices, mode, tmp_path, counted):
+    given = [*SHORT, "--devices", devices, "--parallel", mode, "--out", tmp_path / "run"]
+    train(tmp_path, given, processes=processes)
+    (tmp_path / "alone").mkdir()
+    assert_same_weights(tmp_path / "run", run_of_one(tmp_path / "alone", SHORT))
+    shown = [(tmp_path / f"process-{number}" / "out.txt").read_text() for number in range(processes)]
+    assert f"on {processes * devices} devices" in shown[0]
+    assert shown[1] == f"process 1 of {processes}: does what process 0 does\n"
+    counted("R11 runs of several processes", 1)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_process_stops_all_and_all_go_on(told, alone, tmp_path, counted):
+    given = [*LONG, "--out", tmp_path / "run"]
+    with members(tmp_path, given, processes=2) as run:
+        run[0].wait_for(lambda: "loss" in run[0].out.read_text())
+        run[told].send(signal.SIGTERM)
+        assert [process.ended() for process in run] == [128 + signal.SIGTERM] * 2
+        first, second = (process.err.read_text() for process in run)
+    assert f"saved in {tmp_path / 'run'}; --resume" in first
+    assert "process 0 left: stopped after epoch" in second
+    assert checkpoints.newest_good(tmp_path / "run" / "checkpoints")[0] is not None
+    train(tmp_path, given, processes=2)
+    assert_same_weights(tmp_path / "run", alone)
+    counted("R12 runs of several processes that a signal stopped, and that went on", 1)
+
+
+def kill_one(folder: Path, given: Sequence[object], *, processes: int, victim: int, seconds: float) -> None:
+    """Kill one process of a run some time after it began to train; the others leave soon, saying why."""
+    with members(folder, given, processes=processes) as run:
+        run[0].wait_for(lambda: "loss" in run[0].out.read_text())
+        time.sleep(seconds)
+        run[victim].send(signal.SIGKILL)
+        killed = time.monotonic()
+        statuses = [process.ended() for process in run]
+        took = time.monotonic() - killed
+        said = [process.err.read_text() for process in run]
+    assert took <= HEARTBEAT + SLACK, said
+    assert statuses[victim] == -signal.SIGKILL
+    for number in set(range(processes)) - {victim}:
+        assert statuses[number] in (75, -signal.SIGABRT), said[number]
+        assert "gone" in said[number] or "another task died" in said[number]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_others_leave_and_all_go_on(victim, alone, tmp_path, counted):
+    given = [*LONG, "--out", tmp_path / "run"]
+    kill_one(tmp_path, given, processes=2, victim=victim, seconds=0.1)
+    train(tmp_path, given, processes=2)
+    assert_same_weights(tmp_path / "run", alone)
+    counted("R12 kills of one of several processes", 1)
+
+
+@pytest.mark.slow(minutes=5)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_run_of_several_processes_that_is_killed_ten_times_is_the_unbroken_one(processes, tmp_path, counted):
+    chance = random.Random(processes)
+    given = [*LONG, "--epochs", "20"]
+    for number in range(10):
+        victim, seconds = chance.randrange(processes), chance.uniform(0, 0.5)
+        kill_one(tmp_path, [*given, "--out", tmp_path / "run"], processes=processes, victim=victim, seconds=seconds)
+        newest, mistakes = checkpoints.newest_good(tmp_path / "run" / "checkpoints")
+        assert not mistakes
+        assert newest or number == 0
+    train(tmp_path, [*given, "--out", tmp_path / "run"], processes=processes)
+    assert_same_weights(tmp_path / "run", run_of_one(tmp_path, [*given, "--out", tmp_path / "alone"]))
+    counted("R12 kills of one of several processes", 10)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (["--learning-rate", "0.02"], "optimizer.learning_rate: 0.01 in process 0, 0.02 in process 1"),
+        (["--seed", "7"], "seed: 0 in process 0, 7 in process 1"),
+    ],
+)
+def test_processes_that_disagree_are_told_in_what(own, said, tmp_path):
+    with members(tmp_path, [*SHORT, "--out", tmp_path / "run"], processes=2, own={1: own}) as run:
+        assert [process.ended() for process in run] == [2, 2]
+        for process in run:
+            assert "the processes of a run have to agree" in process.err.read_text()
+            assert said in process.err.read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_process_0_refuses_is_said_by_all(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with members(tmp_path, [*SHORT, "--out", tmp_path / "run"], processes=2) as run:
+        assert [process.ended() for process in run] == [2, 2]
+        why = f"--out {tmp_path / 'run'} is a file; name a directory that does not exist yet\n"
+        assert [process.err.read_text() for process in run] == [f"error: {why}", f"error: process 0 left: {why}"]
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (["--recipe", "mlp128", "--data-dir", "nowhere"], "nowhere"),
+        (["--devices", "2"], "--devices 2 is more than process 0 has: 1 cpu device; use 1 or less"),
+    ],
+)
+def test_what_another_process_refuses_is_said_by_all(own, said, tmp_path):
+    with members(tmp_path, [*SHORT, "--out", tmp_path / "run"], processes=2, own={1: own}) as run:
+        assert [process.ended() for process in run] == [2, 2]
+        assert run[0].err.read_text().startswith("error: process 1 left: ")
+        assert said in run[0].err.read_text()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "not all processes of the run came within 2 s"), (1, "was not reached within 2 s (Connection refused)")],
+)
+def test_a_process_that_is_alone_leaves_when_its_time_is_up(number, said, tmp_path):
+    arguments = [*SHORT, "--connect-timeout", "2"]
+    with member(tmp_path, f"127.0.0.1:{free_port()}", 2, number, arguments) as alone:
+        assert alone.ended() == 75
+        error = alone.err.read_text()
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_refused(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with member(tmp_path, address, 2, 0, SHORT) as process:
+            assert process.ended() == 2
+            why = "cannot be opened here: Address already in use; name another port"
+            assert process.err.read_text() == f"error: --coordinator {address} {why}\n"
+
+
+def test_distributed_where_nothing_says_which_process_this_is_is_refused(tmp_path):
+    with started(tmp_path, "jax", [*SHORT, "--distributed"], cache=tmp_path / "compiled") as process:
+        assert process.ended() == 2
+        assert "--distributed finds no Slurm, Kubernetes, Cloud TPU or Open MPI here" in process.err.read_text()
+
+
+NAMED = {"distributed": True, "coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({**NAMED, "distributed": False}, "--coordinator is for a run of several processes; add --distributed"),
+        ({**NAMED, "process_id": 2}, "--process-id 2 is none of 2 processes, which are counted from 0; use 0 to 1"),
+        ({**NAMED, "process_id": -1}, "--process-id -1 is none of 2 processes, which are counted from 0; use 0 to 1"),
+        ({**NAMED, "num_processes": 0}, "--num-processes 0 are none; use 1 at least"),
+        ({**NAMED, "num_processes": None}, "--coordinator needs --num-processes beside it; or leave out all three"),
+        ({**NAMED, "coordinator": "10.0.0.1"}, "--coordinator 10.0.0.1 is no HOST:PORT; 10.0.0.1:1234, say"),
+        ({**NAMED, "coordinator": "host:0"}, "--coordinator host:0 is no HOST:PORT; 10.0.0.1:1234, say"),
+        ({**NAMED, "coordinator": "host:65536"}, "--coordinator host:65536 is no HOST:PORT; 10.0.0.1:1234, say"),
+        ({**NAMED, "seeds": 3}, "--distributed is for one run, and --seeds and --sweep are for many; leave one out"),
+        ({**NAMED, "connect_timeout": 0}, "--connect-timeout 0 must be 1 second or more"),
+        ({**NAMED, "heartbeat_timeout": 0}, "--heartbeat-timeout 0 must be 1 second or more"),
+    ],
+)
+def test_flags_that_name_no_process_are_refused(flags, said):
+    with pytest.raises(UserError) as refused:
+        check(ManyFlags(config=recipe.load("digits"), **flags))
+    assert str(refused.value) == said
+
+
+@pytest.mark.parametrize("coordinator", ["localhost:1", "node-3.cluster:65535", "[::1]:8476", "127.0.0.1:80"])
+def test_flags_that_name_a_process_are_taken(coordinator):
+    check(ManyFlags(config=recipe.load("digits"), **{**NAMED, "coordinator": coordinator}))
