@@ -13,13 +13,11 @@ if __name__ == "__main__":  # the command needs nothing of what is below
 import math
 from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 import optax
-from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from jax_impl.parallel import put
+from jax_impl.parallel import Layout, put
 from spec.params import Leaf
 
 _ATTRIBUTES = {
@@ -35,7 +33,7 @@ _BUFFERS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}  # 
 
 
 def from_canonical(
-    state: Mapping[str, np.ndarray], leaves: Sequence[Leaf], *, dtype: DTypeLike, device: jax.Device | Sharding
+    state: Mapping[str, np.ndarray], leaves: Sequence[Leaf], *, dtype: DTypeLike, device: Layout
 ) -> tuple[dict, dict]:
     """Return (params, batch_stats), nested dicts of `dtype` arrays on `device`: copies, no memory is shared."""
     params: dict = {}
@@ -63,7 +61,7 @@ def optimizer_from_canonical(
     leaves: Sequence[Leaf],
     *,
     dtype: DTypeLike,
-    device: jax.Device | Sharding,
+    device: Layout,
 ) -> optax.OptState:
     """Return `fresh`, what the optimiser's `init` gave, with the canonical buffers and counts of `opt_state` (S6)."""
     trained = [leaf for leaf in leaves if leaf.trained]

@@ -22,6 +22,7 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 AXIS = "batch"
 
 Mode = Literal["jit", "sharded", "pmap"]
+Layout = jax.Device | Sharding | Callable[[tuple[int, ...]], Sharding]  # where an array goes, perhaps by its shape
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,15 @@ WHOLE = Part()
 @dataclass(frozen=True)
 class Placement:
     """The devices of a run, and what makes one program of them: `jit` on one device, `jit` over arrays that are sharded
-    (one program, divided by the compiler), or `pmap` (a program for each device, joined by collectives)."""
+    (one program, divided by the compiler), or `pmap` (a program for each device, joined by collectives).
+
+    With `shard_state` every device keeps a part of the parameters and of the optimiser's state alone.
+    """
 
     mode: Mode
     devices: tuple[jax.Device, ...]
     uneven: str = "pad"
+    shard_state: bool = False
 
     @classmethod
     def single(cls, device: jax.Device) -> Placement:
@@ -106,6 +111,15 @@ class Placement:
         if self.mode == "jit":
             return jax.sharding.SingleDeviceSharding(self.devices[0])
         return NamedSharding(self._mesh, PartitionSpec())
+
+    def of_state(self, shape: tuple[int, ...]) -> Sharding:
+        """Return how an array of the state lies: whole on every device, or divided along the longest axis that all
+        devices can share evenly."""
+        even = [axis for axis, length in enumerate(shape) if length % len(self.devices) == 0]
+        if not (self.shard_state and even):
+            return self.replicated
+        longest = max(even, key=shape.__getitem__)
+        return NamedSharding(self._mesh, PartitionSpec(*(None,) * longest, AXIS))
 
     def described(self) -> list[str]:
         """Return the devices' names: `cpu:cpu:0`."""
@@ -134,16 +148,32 @@ class Placement:
         """Return the arrays of a tree, whole on every device."""
         return jax.tree.map(lambda leaf: put(leaf, self.replicated), tree)
 
+    def put_state(self, tree: Any) -> Any:
+        """Return the arrays of a state as they lie on the devices."""
+        return jax.tree.map(lambda leaf: put(leaf, self.of_state), tree)
+
+    def whole(self, state: Any) -> Any:
+        """Return a state of which this process has all, a collective of the processes that share it."""
+        if not self.shard_state or self.replicated.is_fully_addressable:
+            return state
+        return jax.jit(lambda state: state, out_shardings=self.replicated)(state)
+
     def shape(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         """Return what stands for an array that is whole on every device."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
 
     def compiled(self, function: Callable, *arguments: Any, donates: bool = False) -> Callable:
-        """Return `function`, of arrays that are whole on every device to such arrays, compiled for `arguments`; with
-        `donates` the first one's memory is given away."""
+        """Return `function` compiled for `arguments`; what it returns is whole on every device.
+
+        With `donates` the first one's memory is given to the first that it returns, which lies as that one did.
+        """
         if self.mode == "pmap":
             return self._pmapped(function, arguments, donates)
         outs = {} if self.mode == "jit" else {"out_shardings": self.replicated}
+        if self.shard_state and donates:
+            _, *others = jax.eval_shape(function, *arguments)
+            state = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
+            outs = {"out_shardings": (state, *(self.replicated for _ in others))}
         return jax.jit(function, donate_argnums=(0,) * donates, **outs).lower(*arguments).compile()
 
     def _pmapped(self, function: Callable, arguments: Sequence[Any], donates: bool) -> Callable:
@@ -179,7 +209,12 @@ class Placement:
 
 
 def place(
-    platform: str | None, *, parallel: Mode | None = None, devices: int | None = None, uneven: str = "pad"
+    platform: str | None,
+    *,
+    parallel: Mode | None = None,
+    devices: int | None = None,
+    uneven: str = "pad",
+    shard_state: bool = False,
 ) -> Placement:
     """Return where a run is placed: on `devices` of the platform's in each process of the run, all of an accelerator's
     and one CPU unless given.
@@ -203,11 +238,18 @@ def place(
             where = f"process {process} has" if len(there) > 1 else "there are"
             raise UserError(f"--devices {devices} is more than {where}: {names}; use {len(own)} or less")
     chosen = tuple(device for own in there for device in own[: devices or (1 if single else None)])
-    return Placement(parallel or ("jit" if len(chosen) == 1 else "sharded"), chosen, uneven)
+    mode = parallel or ("jit" if len(chosen) == 1 else "sharded")
+    if shard_state and mode != "sharded":
+        raise UserError(
+            f"--shard-state divides the state as sharded does the batch, and this is {mode}; use both, or none"
+        )
+    return Placement(mode, chosen, uneven, shard_state)
 
 
-def put(array: ArrayLike, device: jax.Device | Sharding) -> jax.Array:
+def put(array: ArrayLike, device: Layout) -> jax.Array:
     """Return an array on a device, or as it lies over several; where some are another process's, each has its own."""
+    if callable(device):
+        device = device(np.shape(array))
     if isinstance(device, jax.Device) or device.is_fully_addressable:
         return jax.device_put(array, device)
     array = np.asarray(array)

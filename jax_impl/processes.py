@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jax_impl.distributed import Group, join
@@ -42,8 +43,13 @@ class Member(Trainer):
             super()._wait(arrays, self.group.watch)  # no process gives up alone what all are at
             jax.block_until_ready(arrays)
 
-    def take_over(self, snapshot: TrainState) -> None:
-        """Take over process 0's snapshot; that of any other is of its shapes."""
+    def gather(self) -> None:
+        """Do the part of this process in the gathering of what all have."""
+        self.placement.whole(self._state)
+
+    def take_over(self, snapshot: TrainState | None = None) -> None:
+        """Take over the snapshot, process 0's, in all."""
+        snapshot = snapshot or jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._state)
         with precision_scope(self.recipe.precision), self.group.explained():
             super().restore(multihost_utils.broadcast_one_to_all(snapshot))
 
@@ -60,6 +66,16 @@ class Leader(Member):
         """Return loss and predicted class of each test example, found by all processes."""
         self.group.tell("evaluate")
         return super().evaluate()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the present state, of which every process may have a part."""
+        self.group.tell("gather")
+        return super().state()
+
+    def snapshot(self) -> TrainState:
+        """Return the state, of which every process may have a part."""
+        self.group.tell("gather")
+        return super().snapshot()
 
     def restore(self, snapshot: TrainState) -> None:
         """Take over a state, in every process."""
@@ -121,8 +137,10 @@ def _do(trainer: Member, command: str, numbers: Sequence[int], waiting: deque[Ca
             waiting.popleft()()
     elif command == "evaluate":
         trainer.evaluate()
+    elif command == "gather":
+        trainer.gather()
     else:
-        trainer.take_over(trainer.snapshot())
+        trainer.take_over()
 
 
 class _Once:

@@ -122,8 +122,8 @@ def _initial_state(
     recipe: Recipe, leaves: Sequence[Leaf], optimizer: optax.GradientTransformation, placement: Placement
 ) -> TrainState:
     initial, dtype = params.initial_state(leaves, recipe.init, recipe.seed), stored_dtype(recipe.precision)
-    trained, batch_stats = from_canonical(initial, leaves, dtype=dtype, device=placement.replicated)
-    return TrainState(trained, batch_stats, placement.put(optim.initial_state(optimizer, recipe, trained)))
+    trained, batch_stats = from_canonical(initial, leaves, dtype=dtype, device=placement.of_state)
+    return TrainState(trained, batch_stats, placement.put_state(optim.initial_state(optimizer, recipe, trained)))
 
 
 def _split_shape(recipe: Recipe, size: Size, num_examples: int, placement: Placement) -> DeviceSplit:

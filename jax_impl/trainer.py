@@ -51,23 +51,24 @@ class Trainer(Stepper, spec.run.trainer.Trainer):
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the present parameters and running statistics, canonical names and layouts (`spec.params`)."""
-        return to_canonical(self._state.params, self._state.batch_stats, self.leaves)
+        state = self.placement.whole(self._state)
+        return to_canonical(state.params, state.batch_stats, self.leaves)
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over parameters and running statistics, canonical names and layouts; the optimiser stays as it is."""
         dtype = stored_dtype(self.recipe.precision)
         with precision_scope(self.recipe.precision):
-            trained, batch_stats = from_canonical(state, self.leaves, dtype=dtype, device=self.placement.replicated)
+            trained, batch_stats = from_canonical(state, self.leaves, dtype=dtype, device=self.placement.of_state)
         self._state = self._state._replace(params=trained, batch_stats=batch_stats)
 
     def snapshot(self) -> TrainState:
         """Return the state, its leaves NumPy arrays of their own."""
-        return jax.tree.map(np.array, self._state)
+        return jax.tree.map(np.array, self.placement.whole(self._state))
 
     def restore(self, snapshot: TrainState) -> None:
         """Take over a state; it is copied, for the device's arrays are given to the steps to change."""
         with precision_scope(self.recipe.precision):
-            self._state = self.placement.put(jax.tree.map(np.array, snapshot))
+            self._state = self.placement.put_state(jax.tree.map(np.array, snapshot))
 
     def named(self, snapshot: TrainState) -> dict[str, np.ndarray]:
         """Return the arrays of a snapshot: the canonical state, then the optimiser's as `optimizer.NAME`."""

@@ -57,6 +57,8 @@ class ManyFlags(Flags):
     """how many devices, of each process; all of an accelerator's, one CPU, unless given"""
     uneven: Literal["pad", "refuse"] = "pad"
     """what becomes of a batch that does not divide by the devices"""
+    shard_state: bool = False
+    """divide parameters and optimiser state too, for a network that one device cannot hold; with sharded"""
     distributed: bool = False
     """be one of the processes of a run; Slurm, Kubernetes, Cloud TPU and Open MPI say which, or the next three do"""
     coordinator: str | None = None
@@ -72,7 +74,12 @@ class ManyFlags(Flags):
 
     def devices_asked(self) -> dict[str, Any]:
         """Return what the flags say of devices."""
-        return super().devices_asked() | {"parallel": self.parallel, "devices": self.devices, "uneven": self.uneven}
+        return super().devices_asked() | {
+            "parallel": self.parallel,
+            "devices": self.devices,
+            "uneven": self.uneven,
+            "shard_state": self.shard_state,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

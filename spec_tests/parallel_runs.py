@@ -2,7 +2,7 @@
 
 `python -m spec_tests.parallel_runs OUT RECIPE.json STEPS MODE:DEVICES ...` writes what each run came to into OUT, an
 .npz file: `MODE:DEVICES/NAME` for every array; and for every two of them, `FROM>TO`, whether TO has FROM's state to the
-bit, once it took over the checkpoint that FROM wrote.
+bit, once it took over the checkpoint that FROM wrote. The mode `sharded+state` divides the state too.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def main() -> None:
     for name in places:
         mode, devices = name.split(":")
         compiled.clear()
-        trainer = jax_trainer.Trainer(of, dataset, place("cpu", parallel=mode, devices=int(devices)))
+        mode, _, shards = mode.partition("+")
+        placement = place("cpu", parallel=mode, devices=int(devices), shard_state=bool(shards))
+        trainer = jax_trainer.Trainer(of, dataset, placement)
         events = list(trainer.events())
         trained, tested = ([event for event in events if isinstance(event, kind)] for kind in (StepsDone, EpochDone))
         found = {f"state.{leaf}": array for leaf, array in trainer.state().items()}
@@ -84,9 +86,17 @@ def main() -> None:
         found["test_losses"] = np.concatenate([event.test_losses for event in tested])
         found["test_correct"] = np.concatenate([event.test_correct for event in tested])
         found["compiled"] = np.array(len(compiled))
+        found["held"] = np.array(bytes_held(trainer))
         arrays |= {f"{name}/{array}": value for array, value in found.items()}
         trainers[name] = trainer
     np.savez(out, **arrays, **restored(trainers, Path(out).parent))
+
+
+def bytes_held(trainer: Trainer) -> int:
+    """Return the bytes of the state that the first device holds."""
+    import jax
+
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(trainer._state))
 
 
 def restored(trainers: Mapping[str, Trainer], folder: Path) -> dict[str, np.ndarray]:

@@ -23,8 +23,9 @@ from spec_tests.parallel_runs import RESTORED, runs
 
 BOUNDS = {"float32": 1e-5, "float64": 1e-12}
 MODES, DEVICES = ("sharded", "pmap"), (1, 2, 3, 4, 8)
-ALL = tuple(f"{mode}:{devices}" for mode in MODES for devices in DEVICES)
-FEW = ("sharded:3", "pmap:3")  # neither divides a batch of 16
+STATE = ("sharded+state:2", "sharded+state:3")
+ALL = (*(f"{mode}:{devices}" for mode in MODES for devices in DEVICES), *STATE)
+FEW = ("sharded:3", "pmap:3", "sharded+state:2")  # 3 does not divide a batch of 16, and few arrays divide by it
 
 
 def small(name: str, **changes: object) -> recipe.Recipe:
@@ -49,6 +50,7 @@ def assert_same_runs(found: dict, precision: str, *, places: tuple[str, ...]) ->
         run = found[name]
         assert run.keys() == alone.keys()
         assert int(run["compiled"]) == 2, name
+        assert (run["held"] < 0.6 * alone["held"]) == ("+state" in name), name
         for item in ("num_correct", "test_correct"):
             assert np.array_equal(run[item], alone[item]), (name, item)
         for item in alone:
@@ -125,6 +127,8 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_sizes(mode, si
             {"devices": 2, "parallel": "jit"},
             "--parallel jit is for one device, and --devices is 2; use sharded or pmap",
         ),
+        ({"shard_state": True}, "--shard-state divides the state as sharded does the batch, and this is jit"),
+        ({"shard_state": True, "parallel": "pmap"}, "--shard-state divides the state .*, and this is pmap"),
         ({"devices": 99}, "--devices 99 is more than there are: 1 cpu device; use 1 or less"),
     ],
 )

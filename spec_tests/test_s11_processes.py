@@ -24,7 +24,6 @@ from spec_tests.processes import Started, started
 HEARTBEAT = 10  # seconds
 SLACK = 5.0  # seconds that the survivors may take beyond it (R12)
 AGREE = 1e-12
-MODES = ("sharded", "pmap")
 DIGITS = ["--recipe", "digits", "--precision", "float64", "--platform", "cpu"]
 SHORT = [*DIGITS, "--batch-size", "6", "--learning-rate", "0.01", "--epochs", "1"]
 LONG = [*SHORT, "--epochs", "5", "--checkpoint-every", "50", "--metrics.progress-every", "10"]
@@ -90,9 +89,9 @@ def run_of_one(folder: Path, arguments: Sequence[str]) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize(("processes", "devices", "mode"), [(2, 2, "pmap"), (4, 1, "sharded")])
+@pytest.mark.parametrize(("processes", "devices", "mode"), [(2, 2, ["pmap"]), (4, 1, ["sharded", "--shard-state"])])
 def test_several_processes_train_the_run_of_one(processes, devices, mode, tmp_path, counted):
-    given = [*SHORT, "--devices", devices, "--parallel", mode, "--out", tmp_path / "run"]
+    given = [*SHORT, "--devices", devices, "--parallel", *mode, "--out", tmp_path / "run"]
     train(tmp_path, given, processes=processes)
     (tmp_path / "alone").mkdir()
     assert_same_weights(tmp_path / "run", run_of_one(tmp_path / "alone", SHORT))
