@@ -23,7 +23,8 @@ from spec_tests.adapters import Arrays
 from spec_tests.assertions import assert_identical, assert_within, largest_difference
 from spec_tests.lockstep.runs import Pair
 from spec_tests.parallel_runs import RESTORED, few, runs
-from spec_tests.tolerances import SEVERAL_DEVICES
+from spec_tests.parallel_steps import forced_steps
+from spec_tests.tolerances import KAPPA, SEVERAL_DEVICES
 
 MODES, DEVICES = ("sharded", "pmap"), (1, 2, 3, 4, 8)
 ALL = tuple(f"{mode}:{devices}" for mode in MODES for devices in DEVICES)
@@ -160,6 +161,26 @@ def test_after_100_steps_of_a_whole_recipe_the_weights_are_those_of_one_device(
     found = runs(tmp_path, of, 100, ["jit:1", *ALL])
     assert_same_runs(found, precision, places=ALL)
     counted("R11 runs on several devices", len(ALL))
+
+
+def assert_every_step_agrees(folder, of: recipe.Recipe, steps: int, places: tuple[str, ...]) -> None:
+    """Assert that in float32 every step from the state of one device agrees by the rule, and flips near-ties alone."""
+    for name, forced in forced_steps(folder, of, steps, places).items():
+        assert forced.steps == steps
+        assert forced.broken == 0, f"{name}: {forced}"
+        assert forced.worst_flip <= KAPPA, f"{name}: {forced}"
+
+
+def test_in_float32_a_step_of_a_small_cnn_agrees_from_the_state_of_one_device(tmp_path, fashion_mnist):
+    assert_every_step_agrees(tmp_path, SMALL["cnn"], 4, FEW)
+
+
+@pytest.mark.slow(minutes=15)
+def test_in_float32_each_of_100_steps_of_the_cnn_agrees_from_the_state_of_one_device(tmp_path, fashion_mnist, counted):
+    of = dataclasses.replace(recipe.load("cnn"), epochs=1, expected=None, last_batch="keep")
+    places = tuple(f"{mode}:{devices}" for mode in MODES for devices in (2, 8))
+    assert_every_step_agrees(tmp_path, of, 100, places)
+    counted("S11.3 forced steps on several devices", 100 * len(places))
 
 
 @pytest.mark.parametrize("mode", MODES)
