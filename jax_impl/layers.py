@@ -28,9 +28,11 @@ class BatchNorm(nnx.Module):
 
     A batch is normalised by its biased variance v = mean((x - mean(x))^2), the running variance takes the unbiased one,
     v n/(n-1) (S7); Flax's own layer takes the biased one for both. Statistics and arithmetic are at least float32.
+    With `local`, every one of several devices normalises its own rows, and the first one's statistics run (S11).
     """
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, *, local: bool = False) -> None:
+        self.local = local
         self.scale = nnx.Param(jnp.ones(num_features))
         self.bias = nnx.Param(jnp.zeros(num_features))
         self.mean = nnx.BatchStat(jnp.zeros(num_features))
@@ -41,7 +43,7 @@ class BatchNorm(nnx.Module):
     ) -> Float[Array, "*axes features"]:
         """Return `x` [..., num_features] normalised, in its own dtype; in training, update the running statistics.
 
-        `part` says which rows of the batch `x` has; the statistics are those of the whole batch (S11).
+        `part` says which rows of the batch `x` has; unless local, the statistics are those of the whole batch (S11).
         """
         if train:
             return self._by_batch(normalize_batch, x, part)
@@ -58,10 +60,15 @@ class BatchNorm(nnx.Module):
     def _by_batch(
         self, normalize: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], x: jax.Array, part: Part
     ) -> jax.Array:
-        normalized, mean, var = normalize(*self._widened(x), part)
-        count = _count(x, part)
+        def unbiased(*given: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            normalized, mean, var = normalize(*given)
+            count = _count(given[0], given[-1])
+            return normalized, (mean, var * (count / (count - 1)))
+
+        widened = self._widened(x)
+        normalized, (mean, var) = part.each(unbiased)(*widened) if self.local else unbiased(*widened, part)
         self.mean[...] = _run(self.mean[...], mean)
-        self.var[...] = _run(self.var[...], var * (count / (count - 1)))
+        self.var[...] = _run(self.var[...], var)
         return normalized.astype(x.dtype)
 
     def _widened(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -129,8 +136,8 @@ def _normalize_backward(part: Part, saved: tuple, grads: tuple) -> tuple[jax.Arr
 
 def _of_batch(sums: tuple[jax.Array, ...], x: jax.Array, part: Part) -> tuple[jax.Array, ...]:
     """Return the means over the whole batch, filled up, of what was summed over the rows of `x`."""
-    count = (part.padded or x.shape[0]) * math.prod(x.shape[1:-1])
-    return tuple(total / count for total in part.sum(sums))
+    count = math.prod(x.shape[:-1])
+    return part.mean(tuple(total / count for total in sums))
 
 
 def _weighed(x: jax.Array, part: Part) -> jax.Array:

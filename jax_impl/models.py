@@ -37,7 +37,7 @@ class MLP(nnx.Module):
 
     def __init__(self, model: Model, input_shape: tuple[int, ...], outputs: int, *, rngs: nnx.Rngs) -> None:
         if model.input_batchnorm:
-            self.norm0 = BatchNorm(1)
+            self.norm0 = _batchnorm(model, 1)
         self.activations = model.activations
         self.input_batchnorm = model.input_batchnorm
         sizes = (math.prod(input_shape), *model.hidden_sizes, outputs)
@@ -79,13 +79,13 @@ class CNN(nnx.Module):
         self.num_convs, self.num_hidden = len(model.channels), len(model.hidden_sizes)
         for index, channels in enumerate(model.channels, start=1):
             setattr(self, f"conv{index}", _conv3x3(inputs, channels, rngs=rngs))
-            setattr(self, f"norm{index}", BatchNorm(channels))
+            setattr(self, f"norm{index}", _batchnorm(model, channels))
             height, width, inputs = height // 2, width // 2, channels
         sizes = (height * width * inputs, *model.hidden_sizes, outputs)
         for index, (ins, units) in enumerate(itertools.pairwise(sizes), start=1):
             setattr(self, f"linear{index}", nnx.Linear(ins, units, rngs=rngs))
         for index, units in enumerate(model.hidden_sizes, start=self.num_convs + 1):
-            setattr(self, f"norm{index}", BatchNorm(units))
+            setattr(self, f"norm{index}", _batchnorm(model, units))
         self.dropout = Dropout(model.dropout)
 
     def __call__(
@@ -125,6 +125,10 @@ class CNN(nnx.Module):
         norm = getattr(self, f"norm{index}")
         normalized = hooked(hooks, f"norm{index}", weighted, norm(weighted, train=train, part=part))
         return hooked(hooks, f"relu{index}", normalized, jax.nn.relu(normalized))
+
+
+def _batchnorm(model: Model, num_features: int) -> BatchNorm:
+    return BatchNorm(num_features, local=model.batchnorm_statistics == "local")
 
 
 def _conv3x3(inputs: int, outputs: int, *, rngs: nnx.Rngs) -> nnx.Conv:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -31,13 +31,14 @@ class Part:
 
     With a `sharding` the program sees the whole batch, of which every device has some rows; with an `axis` it is one
     copy of `parts`, sees its own rows, and hears of the others' through the axis. A batch that does not divide is
-    filled up with rows that weigh nothing.
+    filled up with rows that weigh nothing. A part that is `alone` has an axis and takes its own rows for the batch.
     """
 
     size: int = 0
     parts: int = 1
     axis: str | None = None
     sharding: NamedSharding | None = None
+    alone: bool = False
 
     @property
     def padded(self) -> int:
@@ -50,8 +51,9 @@ class Part:
         return self.size / self.padded if self.size else 1.0
 
     def count(self, rows: int) -> int:
-        """Return the number of examples in the whole batch, of which `rows` are seen here."""
-        return self.size or rows
+        """Return the number of examples in the whole batch, of which `rows` are seen here; alone, in the first part's:
+        it is full wherever there are as many examples as parts."""
+        return rows if self.alone else self.size or rows
 
     def rows(self, array: jax.Array) -> jax.Array:
         """Return what is seen here of a batch's `array` [size, ...]: all of it, or this copy's rows; filled up."""
@@ -65,18 +67,49 @@ class Part:
         return array
 
     def weights(self, dtype: DTypeLike) -> jax.Array | None:
-        """Return the weight of each row that is seen here, 1 on average over the batch; None where all are 1."""
+        """Return the weight of each row that is seen here, 1 on average over the batch; None where all are 1.
+
+        Alone, 1 on average over the part's own rows, or all 0 where each of them fills up.
+        """
         if self.padded == self.size:
             return None
+        if self.alone:
+            filled = self.rows(jnp.ones(self.size, dtype))
+            return filled * (len(filled) / jnp.maximum(filled.sum(), 1))
         return self.rows(jnp.full(self.size, self.padded / self.size, dtype))
 
     def mean(self, tree: Any) -> Any:
-        """Return the mean over the parts of what each has found of its own rows."""
-        return lax.pmean(tree, self.axis) if self.axis else tree
+        """Return the mean over the parts of what each has found of its own rows; alone, what was found."""
+        return lax.pmean(tree, self.axis) if self.axis and not self.alone else tree
 
     def sum(self, tree: Any) -> Any:
         """Return the sum over the parts of what each has found of its own rows."""
         return lax.psum(tree, self.axis) if self.axis else tree
+
+    def first(self, tree: Any) -> Any:
+        """Return to every part what the first one has found of its own rows."""
+        is_first = lax.axis_index(self.axis) == 0
+        return lax.psum(jax.tree.map(lambda leaf: jnp.where(is_first, leaf, 0), tree), self.axis)
+
+    def each(self, function: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., tuple[jax.Array, Any]]:
+        """Return what makes of the rows seen here what `function` makes of each part's, as if there were no other.
+
+        `function` takes (rows [rows, ...], *shared, part) and returns (rows [rows, ...], found), of which `found` is
+        that of the first part. A program that sees the whole batch views it as [parts, rows, ...]: no row moves.
+        """
+        alone = self if self.parts == 1 else replace(self, axis=AXIS, sharding=None, alone=True)
+
+        def of_one(rows: jax.Array, *shared: Any) -> tuple[jax.Array, Any]:
+            rows, found = function(rows, *shared, alone)
+            return rows, alone.first(found) if alone.alone else found
+
+        def of_all(rows: jax.Array, *shared: Any) -> tuple[jax.Array, Any]:
+            axes = (0, *(None for _ in shared))
+            mapped = jax.vmap(of_one, in_axes=axes, out_axes=(0, None), axis_name=AXIS)
+            rows, found = mapped(rows.reshape(self.parts, -1, *rows.shape[1:]), *shared)
+            return rows.reshape(-1, *rows.shape[2:]), found
+
+        return of_all if self.sharding and alone.alone else of_one
 
     def gathered(self, array: jax.Array) -> jax.Array:
         """Return all rows [size, ...] of what is known of those that are seen here."""
@@ -125,9 +158,9 @@ class Placement:
         """Return the devices' names: `cpu:cpu:0`."""
         return [f"{device.platform}:{device.device_kind}:{device.id}" for device in self.devices]
 
-    def check_divides(self, sizes: Sequence[int]) -> None:
+    def check_divides(self, sizes: Sequence[int], *, alone: bool = False) -> None:
         """Raise UserError for a batch of one of these sizes that has fewer examples than there are devices, or that is
-        uneven and to be refused."""
+        uneven and to be refused; with `alone`, also for one that leaves a device a single example."""
         parts = len(self.devices)
         for size in sizes:
             if size < parts:
@@ -135,6 +168,11 @@ class Placement:
             if size % parts and self.uneven == "refuse":
                 lower, upper = size // parts * parts, -(-size // parts) * parts
                 raise UserError(f"batch_size {size} is not divisible by {parts} devices; use {lower} or {upper}")
+            if alone and parts > 1 and 1 in (-(-size // parts), size % -(-size // parts)):
+                raise UserError(
+                    f"a batch of {size} leaves one of {parts} devices a single example, whose variance local BatchNorm "
+                    "cannot take; use other --devices, or model.batchnorm_statistics global"
+                )
 
     def part(self, size: int) -> Part:
         """Return how a batch of `size` examples is divided."""

@@ -48,7 +48,8 @@ def compile_programs(
     """
     start = time.perf_counter()
     counts = count(recipe, size.num_train)
-    placement.check_divides(sorted(set(counts.batch_sizes().tolist())))
+    local = recipe.model.batchnorm_statistics == "local"
+    placement.check_divides(sorted(set(counts.batch_sizes().tolist())), alone=local)
     outputs = params.num_outputs(recipe, size.num_classes)
     leaves = params.leaves(recipe.model, size.input_shape, outputs)
     graphdef = models.graph(recipe.model, size.input_shape, outputs)

@@ -64,7 +64,7 @@ def count(recipe: Recipe, num_examples: int) -> Counts:
     full_steps, rest = divmod(num_examples, recipe.batch_size)
     short = rest if recipe.last_batch == "keep" else 0
     smallest = min(recipe.batch_size, short or recipe.batch_size)
-    if smallest == 1 and (recipe.model.name == "cnn" or recipe.model.input_batchnorm):
+    if smallest == 1 and recipe.model.has_batchnorm:
         raise RecipeError(
             f"batch_size {recipe.batch_size} leaves a batch of one example, whose variance BatchNorm cannot take; "
             "use another batch_size, or last_batch drop"

@@ -96,10 +96,17 @@ class Model:
     """mlp: do the linear layers have biases"""
     input_batchnorm: bool | None = None
     """mlp: BatchNorm over the one input channel first"""
+    batchnorm_statistics: Literal["global", "local"] | None = None
+    """where there is BatchNorm: of the whole batch, or of each device's own rows by themselves (S11)"""
     channels: Annotated[tuple[Size, ...], Field(min_length=1, max_length=16)] | None = None
     """cnn: channels of each 3x3 convolution"""
     dropout: Fraction | None = None
     """cnn: probability that a hidden unit is dropped"""
+
+    @property
+    def has_batchnorm(self) -> bool:
+        """Say whether a layer of it is BatchNorm."""
+        return self.name == "cnn" or bool(self.input_batchnorm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,6 +405,11 @@ def _unused_or_missing(recipe: Recipe) -> list[str]:
                 )
     if (recipe.init.std is None) == ("normal" in (recipe.init.weight, recipe.init.bias)):
         mistakes.append(f"init.std {recipe.init.std}: a normal weight or bias needs it, and nothing else does")
+    if (recipe.model.batchnorm_statistics is None) == recipe.model.has_batchnorm:
+        mistakes.append(
+            f"model.batchnorm_statistics {recipe.model.batchnorm_statistics}: BatchNorm needs it, global or local, and "
+            "nothing else does"
+        )
     return mistakes
 
 

@@ -30,6 +30,7 @@ import torch_ref.data
 import torch_ref.models
 import torch_ref.optim
 import torch_ref.step
+from jax_impl.parallel import WHOLE, Placement
 from jax_impl.programs import precision_scope
 from spec import oracle, params
 from spec.params import Leaf
@@ -55,7 +56,7 @@ class Network:
     def longest_sum(self, batch_size: int) -> int:
         """Return the terms of the longest sum in a step: a layer's inputs, or a batch's examples or pixels."""
         model = self.recipe.model
-        places = math.prod(self.input_shape) if model.name == "cnn" or model.input_batchnorm else 1
+        places = math.prod(self.input_shape) if model.has_batchnorm else 1
         return max(batch_size * places, *(leaf.fan_in for leaf in self.leaves))
 
     @property
@@ -180,10 +181,18 @@ class JaxAdapter:
         gradients = jax_impl.step.make_gradients(self._graph, recipe.loss, self._dtype)
         train_step = jax_impl.step.make_train_step(gradients, self._optimizer)
         rate = recipe.model.dropout or 0.0
-        self._gradients = jax.jit(lambda *given: gradients(*given[:-1], hooks=_jax_hooks(given[-1], rate)))
-        self._train_step = jax.jit(lambda *given: train_step(*given[:-1], hooks=_jax_hooks(given[-1], rate)))
+
+        def gradients_of(state, batch, key, decisions, part):
+            return gradients(*state, *batch, key, hooks=_jax_hooks(decisions, rate), part=part)
+
+        def step_of(state, batch, key, decisions, part):
+            return train_step(state, *batch, key, hooks=_jax_hooks(decisions, rate), part=part)
+
+        self._gradients, self._train_step = self._program(gradients_of), self._program(step_of)
         self._eval_step = jax.jit(jax_impl.step.make_eval_step(self._graph, recipe.loss, self._dtype))
-        self._forward = jax.jit(self._traced_forward, static_argnames="train")
+        self._forward = {
+            train: self._program(functools.partial(self._traced_forward, train=train)) for train in (True, False)
+        }
         with self._scope():
             state = params.initial_state(network.leaves, recipe.init, recipe.seed)
             trained, batch_stats = self._to_flax(state)
@@ -208,13 +217,8 @@ class JaxAdapter:
 
     def forward(self, images, *, train, decisions=None) -> Forward:
         with self._scope():
-            recorded, batch_stats = self._forward(
-                self._state.params,
-                self._state.batch_stats,
-                self._images(images),
-                self._key(),
-                _to_nhwc(decisions),
-                train=train,
+            recorded, batch_stats = self._forward[train](
+                self._state[:2], (self._images(images),), self._key(), _to_nhwc(decisions)
             )
             # A compiled program gives dicts back sorted by key, so the layers' order comes from the specification.
             activations, decided = (
@@ -230,31 +234,36 @@ class JaxAdapter:
 
     def gradients(self, images, labels, *, decisions=None) -> Arrays:
         with self._scope():
-            grads, _ = self._gradients(
-                self._state.params, self._state.batch_stats, *self._batch(images, labels), _to_nhwc(decisions)
-            )
+            grads, _ = self._gradients(self._state[:2], self._batch(images, labels), self._key(), _to_nhwc(decisions))
         trained = [leaf for leaf in self.network.leaves if leaf.trained]
         return jax_impl.convert.to_canonical(grads, {}, trained)
 
     def step(self, images, labels, *, decisions=None) -> tuple[float, int]:
         with self._scope():
-            self._state, metrics = self._train_step(self._state, *self._batch(images, labels), _to_nhwc(decisions))
+            self._state, metrics = self._train_step(
+                self._state, self._batch(images, labels), self._key(), _to_nhwc(decisions)
+            )
         self._step += 1
         return float(metrics.loss), int(metrics.num_correct)
 
     def evaluate(self, images, labels) -> tuple[np.ndarray, np.ndarray]:
         with self._scope():
-            metrics = self._eval_step(self._state, *self._batch(images, labels)[:2])
+            metrics = self._eval_step(self._state, *self._batch(images, labels))
         return np.array(metrics.loss), np.array(metrics.prediction)
 
-    def _traced_forward(self, trained, batch_stats, images, key, decisions, *, train: bool):
+    def _program(self, function: Callable) -> Callable:
+        """Return what runs `function` of (state, batch, key, decisions, part)."""
+        return jax.jit(functools.partial(function, part=WHOLE))
+
+    def _traced_forward(self, state, batch, key, decisions, part, *, train: bool):
         recorded: tuple[dict, dict] = ({}, {})
         hooks = _recording_hooks(self.network.recipe.model, decisions, train, recorded)
         _, batch_stats = jax_impl.models.apply(
-            self._graph, trained, batch_stats, images, train=train, dropout_key=key, hooks=hooks
+            self._graph, *state, *batch, train=train, dropout_key=key, hooks=hooks, part=part
         )
         activations, decided = recorded
-        return (activations, {name: array for name, array in decided.items() if array is not None}), batch_stats
+        decided = {name: array for name, array in decided.items() if array is not None}
+        return jax.tree.map(part.gathered, (activations, decided)), batch_stats
 
     def _scope(self):
         return precision_scope(self.network.recipe.precision)
@@ -268,8 +277,34 @@ class JaxAdapter:
     def _key(self) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.network.recipe.seed), self._step)
 
-    def _batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self._images(images), jnp.array(labels, jnp.int32), self._key()
+    def _batch(self, images: np.ndarray, labels: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return self._images(images), jnp.array(labels, jnp.int32)
+
+
+class DevicesAdapter(JaxAdapter):
+    """`jax_impl`'s step on several devices, as `placement` divides a batch."""
+
+    def __init__(self, network: Network, placement: Placement) -> None:
+        self._placement = placement
+        super().__init__(network)
+        self._device = placement.replicated
+
+    def _program(self, function: Callable) -> Callable:
+        programs: dict[str, Callable] = {}
+
+        def divided(state, batch, key, decisions):
+            part = self._placement.part(len(batch[0]))
+            rows = functools.partial(jax.tree.map, part.rows)
+            return function(state, rows(batch), key, rows(decisions), part)
+
+        def run(*given):
+            given = self._placement.put(given)
+            shapes = jax.tree.map(jnp.shape, given)
+            if str(shapes) not in programs:
+                programs[str(shapes)] = self._placement.compiled(divided, *given)
+            return programs[str(shapes)](*given)
+
+        return run
 
 
 class TorchAdapter:

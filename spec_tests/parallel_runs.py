@@ -23,6 +23,7 @@ import numpy as np
 
 from spec import datasets, recipe
 from spec.datasets import Dataset, Split
+from spec.datasets.sizes import size_of
 from spec.recipe import Recipe
 from spec.run.history import EpochDone, StepsDone
 from spec.run.trainer import Trainer
@@ -36,17 +37,22 @@ Found = dict[str, dict[str, np.ndarray]]
 
 def runs(folder: Path, of: Recipe, steps: int, places: Sequence[str]) -> Found:
     """Train `of` for an epoch of so many steps at each of the `places`, `MODE:DEVICES`; return the arrays of each."""
-    out, given = folder / "runs.npz", folder / "recipe.json"
-    given.write_text(json.dumps({"recipe": recipe.to_mapping(of)}))
-    command = [sys.executable, "-m", "spec_tests.parallel_runs", str(out), str(given), str(steps), *places]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
     found: Found = {place: {} for place in (*places, RESTORED)}
-    with np.load(out) as arrays:
+    with np.load(run_module("parallel_runs", folder / "runs.npz", of, steps, *places)) as arrays:
         for name, array in arrays.items():
             place, of_place = name.split("/")
             found[place][of_place] = array
     return found
+
+
+def run_module(module: str, out: Path, of: Recipe, *arguments: object) -> Path:
+    """Run `python -m spec_tests.MODULE OUT RECIPE.json ARGUMENTS` to its end; return `out`, which it wrote."""
+    given = out.with_name("recipe.json")
+    given.write_text(json.dumps({"recipe": recipe.to_mapping(of)}))
+    command = [sys.executable, "-W", "error", "-m", f"spec_tests.{module}", *map(str, (out, given, *arguments))]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return out
 
 
 def few(of: Recipe, steps: int) -> Dataset:
@@ -63,6 +69,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     from jax_impl import trainer as jax_trainer
     from jax_impl.parallel import place
+    from jax_impl.programs import compile_programs
 
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -76,7 +83,8 @@ def main() -> None:
         compiled.clear()
         mode, _, shards = mode.partition("+")
         placement = place("cpu", parallel=mode, devices=int(devices), shard_state=bool(shards))
-        trainer = jax_trainer.Trainer(of, dataset, placement)
+        programs = compile_programs(of, size_of(dataset), placement)
+        trainer = jax_trainer.Trainer(of, dataset, placement, programs=programs)
         events = list(trainer.events())
         trained, tested = ([event for event in events if isinstance(event, kind)] for kind in (StepsDone, EpochDone))
         found = {f"state.{leaf}": array for leaf, array in trainer.state().items()}
@@ -87,6 +95,7 @@ def main() -> None:
         found["test_correct"] = np.concatenate([event.test_correct for event in tested])
         found["compiled"] = np.array(len(compiled))
         found["held"] = np.array(bytes_held(trainer))
+        found["gathers"] = np.array(mode == "sharded" and programs.run_steps.as_text().count("all-gather("))
         arrays |= {f"{name}/{array}": value for array, value in found.items()}
         trainers[name] = trainer
     np.savez(out, **arrays, **restored(trainers, Path(out).parent))

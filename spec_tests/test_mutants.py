@@ -132,6 +132,15 @@ def test_the_runner_tells_killed_survived_and_crashed_apart(repository):
     assert (repository / "jax_impl" / "toy.py").read_text() == ADD  # faults are planted into copies alone
 
 
+def test_a_test_that_has_counted_something_kills_as_any_other(repository):
+    settings = repository / "pyproject.toml"
+    settings.write_text(settings.read_text() + 'filterwarnings = ["error"]\n')
+    counting = TESTS.replace("five():\n", "five(record_property):\n    record_property('counted', 1)\n")
+    (repository / "spec_tests" / "test_s01_toy.py").write_text(counting)
+    (outcome,) = runner.run_mutants([TOYS["killed"]], repository, 1, unheard).values()
+    assert (outcome.result, outcome.killer) == ("killed", "test_s01_toy.py::test_two_and_three_are_five")
+
+
 def test_tests_that_are_not_found_kill_nothing(repository):
     mutant = toy("product", "a + b", "a * b", only="no_such_test")
     (outcome,) = runner.run_mutants([mutant], repository, 1, unheard).values()

@@ -270,7 +270,7 @@ RULES = {
     "adam": "--optimizer.name adam --momentum None --optimizer.dampening None --optimizer.nesterov None "
     "--optimizer.betas 0.9 0.999 --optimizer.epsilon 1e-8",
     "a schedule": "--momentum 0.9 --schedule.name step --schedule.step-epochs 1 --schedule.gamma 0.5",
-    "batchnorm": "--momentum 0.9 --model.input-batchnorm True",
+    "batchnorm": "--momentum 0.9 --model.input-batchnorm True --model.batchnorm-statistics global",
 }
 
 

@@ -118,6 +118,9 @@ def changed(**changes: object) -> dict:
         ({"schedule": {"name": "cosine", "final_learning_rate": 0.2}}, "final_learning_rate 0.2 is above"),
         ({"init__weight": "normal"}, "init.std None: a normal weight or bias needs it"),
         ({"init__std": 0.1}, "init.std 0.1: "),
+        ({"model__batchnorm_statistics": "local"}, "batchnorm_statistics local: BatchNorm needs it, .* nothing else"),
+        ({"model__input_batchnorm": True}, "model.batchnorm_statistics None: BatchNorm needs it, global or local"),
+        ({"model__batchnorm_statistics": "shard"}, "batchnorm_statistics 'shard': must be 'global' or 'local'"),
         (
             {"loss": {"name": "binary_cross_entropy", "reduction": "mean", "label_smoothing": 0.1}},
             "label_smoothing 0.1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ import torch
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import torch_ref.trainer
 from jax_impl.epoch import DeviceSplit, Span, make_run_steps
 from jax_impl.layers import BatchNorm, max_pool_2x2, normalize_batch, normalize_relu_pool
+from jax_impl.parallel import AXIS, Part
 from jax_impl.programs import precision_scope
 from jax_impl.step import StepMetrics, TrainState
 from spec import oracle, params, recipe
@@ -85,15 +88,78 @@ def test_the_gradient_is_that_of_the_equation_by_central_differences():
             *map(jnp.asarray, (x, scale, bias))
         )
     for index, grad in enumerate(map(np.asarray, grads)):
-        for position in np.ndindex(grad.shape):
-            values = [x, scale, bias]
-            sides = []
-            for sign in (1, -1):
-                moved = values[index].copy()
-                moved[position] += sign * DIFFERENCE_STEP
-                sides.append(loss(*values[:index], moved, *values[index + 1 :]))
-            difference = (sides[0] - sides[1]) / (2 * DIFFERENCE_STEP)
-            assert grad[position] == pytest.approx(difference, abs=CENTRAL_DIFFERENCE)
+        assert_central_differences(loss, (x, scale, bias), index, grad)
+
+
+def assert_central_differences(loss: Callable, values: tuple, index: int, grad: np.ndarray) -> None:
+    """Assert that `grad` is the gradient of `loss` by the value of that index, at `values`."""
+    for position in np.ndindex(grad.shape):
+        sides = []
+        for sign in (1, -1):
+            moved = values[index].copy()
+            moved[position] += sign * DIFFERENCE_STEP
+            sides.append(loss(*values[:index], moved, *values[index + 1 :]))
+        difference = (sides[0] - sides[1]) / (2 * DIFFERENCE_STEP)
+        assert grad[position] == pytest.approx(difference, abs=CENTRAL_DIFFERENCE)
+
+
+def of_parts(mode: str, function: Callable, size: int, parts: int) -> Callable:
+    """Return what makes of all rows what `function` (a normalize_...) makes of each part's own, in one program or in
+    copies that are joined by an axis."""
+
+    def found_apart(*given):
+        normalized, *statistics = function(*given)
+        return normalized, statistics
+
+    if mode == "sharded":
+        mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,), axis_types=(AxisType.Auto,))
+        return Part(size, parts, sharding=NamedSharding(mesh, PartitionSpec(AXIS))).each(found_apart)
+    each = jax.vmap(Part(size, parts, axis=AXIS).each(found_apart), (0, None, None), (0, None), axis_name=AXIS)
+
+    def of_all(x, scale, bias):
+        normalized, statistics = each(x.reshape(parts, -1, *x.shape[1:]), scale, bias)
+        return normalized.reshape(-1, *normalized.shape[2:]), statistics
+
+    return of_all
+
+
+@pytest.mark.parametrize("mode", ["sharded", "pmap"])
+@pytest.mark.parametrize("function", [normalize_batch, normalize_relu_pool])
+@pytest.mark.parametrize(("size", "parts"), [(8, 3), (10, 8)])  # 3, 3 and 2 rows; 2 each, and none on the last three
+def test_the_gradient_of_local_statistics_is_that_of_each_parts_equation_by_central_differences(
+    mode, function, size, parts
+):
+    own = -(-size // parts)
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((own * parts, 2, 2, 3))
+    scale, bias = generator.standard_normal((2, 3))
+    pools = function is normalize_relu_pool
+    weight = generator.standard_normal((own * parts, *((1, 1) if pools else (2, 2)), 3))
+    weight[size:] = 0
+    bounds = [slice(start, min(start + own, size)) for start in range(0, size, own)]
+
+    def loss(x, scale, bias):
+        total = 0.0
+        for rows in bounds:
+            mean, var = x[rows].mean((0, 1, 2)), x[rows].var((0, 1, 2))
+            y = (x[rows] - mean) / np.sqrt(var + 1e-5) * scale + bias
+            y = np.maximum(y, 0).max((1, 2), keepdims=True) if pools else y
+            total += (y * weight[rows]).sum()
+        return total
+
+    with precision_scope("float64"):
+        leaves = [jnp.asarray(array) for array in (x, scale, bias)]
+        apart = of_parts(mode, function, size, parts)
+        grads = jax.grad(lambda *leaves: (apart(*leaves)[0] * weight).sum(), argnums=(0, 1, 2))(*leaves)
+        value, statistics = (apart(*leaves)[0] * weight).sum(), apart(*leaves)[1]
+    assert float(value) == pytest.approx(loss(x, scale, bias), abs=CENTRAL_DIFFERENCE)
+    first = x[bounds[0]]
+    wanted = {"mean": first.mean((0, 1, 2)), "var": first.var((0, 1, 2))}
+    bound = sum_bound(first.size, float(np.abs(first).max() ** 2), np.float64)
+    found = dict(zip(wanted, map(np.asarray, statistics), strict=True))
+    assert_within(found, wanted, bound=bound, item="the first part")
+    for index, grad in enumerate(map(np.asarray, grads)):
+        assert_central_differences(loss, (x, scale, bias), index, grad)
 
 
 def pooled_in_three_steps(x, scale, bias):

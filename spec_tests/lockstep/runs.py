@@ -139,11 +139,12 @@ class Forcing:
     """Teacher-forced steps: JAX steps from torch's state, and a float64 oracle says how far each side is off (S9).
 
     A second oracle makes the same step with plain float32 sums and says how far rounding alone moves each result.
+    Another `follower` than JAX on one device may be given, and whatever took the steps in torch's place.
     """
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, follower: JaxAdapter | None = None) -> None:
         self.pair = pair
-        self.follower = JaxAdapter(pair.network)
+        self.follower = follower or JaxAdapter(pair.network)
         self.truth = OracleAdapter(pair.network)
         self.plain = OracleAdapter(pair.network, oracle.PlainSums(pair.recipe.precision))
         self.report = Forced(
