@@ -1243,8 +1243,8 @@ S6 = (
         clause="S6",
         says="the count of updates does not cross: corrections and schedules begin anew",
         path=JAX_CONVERT,
-        old='jnp.int32(opt_state["step"])',
-        new="jnp.int32(0)",
+        old='np.int32(opt_state["step"])',
+        new="np.int32(0)",
         only="ends_as_one_that_does_not and adam",
     ),
     Mutant(
@@ -1986,6 +1986,16 @@ S11 = (
         new="return filled",
         tests=(PARALLEL_TESTS,),
         only="local_statistics_are_of_each and cnn",
+    ),
+    Mutant(
+        name="jax-process-goes-on-from-its-own-state",
+        clause="S11",
+        says="of several processes that go on, the first alone takes over what was saved",
+        path="jax_impl/processes.py",
+        old="super().restore(multihost_utils.broadcast_one_to_all(snapshot))",
+        new="super().restore(snapshot)",
+        tests=("spec_tests/test_s11_processes.py",),
+        only="signal_to_one",
     ),
 )
 
