@@ -45,6 +45,7 @@ class Group:
     num_processes: int
     client: Any
     _commands: int = 0
+    _signal: int | None = None
     _asked: float = field(default_factory=time.monotonic)
 
     @property
@@ -83,16 +84,18 @@ class Group:
         self._set(f"signal/{self.process_id}", str(number))
 
     def signalled(self) -> int | None:
-        """Return the number of a signal that another process was given; None without one, and if it was just asked."""
-        if not self._is_time():
-            return None
-        self._raise_of_those_who_left()
-        return next((int(number) for _, number in self._list("signal/")), None)
+        """Return the number of a signal that another process was given, as far as is known; None without one."""
+        self.watch()
+        return self._signal
 
     def watch(self) -> bool:
-        """Raise what another process left for, if one did; Left, or Stopped after a signal. False, for all is well."""
-        if self._is_time():
+        """Ask after the others, unless that was just done. Raises what one left for, Left or Stopped; else False, for
+        all is well."""
+        if time.monotonic() - self._asked >= ASK_SECONDS:
+            self._asked = time.monotonic()
             self._raise_of_those_who_left()
+            if self.leads:
+                self._signal = next((int(number) for _, number in self._list("signal/")), None)
         return False
 
     @contextlib.contextmanager
@@ -152,12 +155,6 @@ class Group:
             time.sleep(ASK_SECONDS / 5)
         raise LostProcessError(f"another process of the run is gone ({_first_line(error)}); {AGAIN}") from None
 
-    def _is_time(self) -> bool:
-        if time.monotonic() - self._asked < ASK_SECONDS:
-            return False
-        self._asked = time.monotonic()
-        return True
-
     def _wait_for(self, name: str, meanwhile: Callable[[], Any] = lambda: None) -> str:
         while True:
             try:
@@ -211,6 +208,10 @@ def join(
         raise UserError(
             f"--distributed finds no Slurm, Kubernetes, Cloud TPU or Open MPI here ({_first_line(error)}); give "
             "--coordinator HOST:PORT, --num-processes and --process-id"
+        ) from None
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes of the run cannot meet: {_first_line(error)}; see that each is named once"
         ) from None
     raise_on_signals()  # JAX has taken SIGTERM, and does nothing with it
     _silence_gloo()

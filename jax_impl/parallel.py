@@ -260,21 +260,12 @@ def place(
     A CPU is as many devices as one asks for, each with its own copy of everything. Raises UserError for what there is
     not.
     """
-    if devices is not None and devices < 1:
-        raise UserError(f"--devices {devices} are none; use 1 at least")
-    if devices is not None and devices > 1 and parallel == "jit":
-        raise UserError(f"--parallel jit is for one device, and --devices is {devices}; use sharded or pmap")
     if devices is not None:
         _split_cpu(devices)
+    # First of all: every process waits here for every other one.
     there = [list(own) for _, own in itertools.groupby(_devices(platform), lambda device: device.process_index)]
-    if parallel == "jit" and len(there) > 1:
-        raise UserError(f"--parallel jit is for one device, and there are {len(there)} processes; use sharded or pmap")
+    _check(there, devices, parallel)
     single = parallel == "jit" or there[0][0].platform == "cpu"
-    for process, own in enumerate(there):
-        if devices and devices > len(own):
-            names = f"{len(own)} {own[0].platform} device{'s' * (len(own) > 1)}"
-            where = f"process {process} has" if len(there) > 1 else "there are"
-            raise UserError(f"--devices {devices} is more than {where}: {names}; use {len(own)} or less")
     chosen = tuple(device for own in there for device in own[: devices or (1 if single else None)])
     mode = parallel or ("jit" if len(chosen) == 1 else "sharded")
     if shard_state and mode != "sharded":
@@ -282,6 +273,21 @@ def place(
             f"--shard-state divides the state as sharded does the batch, and this is {mode}; use both, or none"
         )
     return Placement(mode, chosen, uneven, shard_state)
+
+
+def _check(there: Sequence[Sequence[jax.Device]], devices: int | None, parallel: Mode | None) -> None:
+    """Raise UserError when each process's `devices` cannot be had of those that are `there`, or are not for the mode."""
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices {devices} are none; use 1 at least")
+    if parallel == "jit" and (devices or 1) > 1:
+        raise UserError(f"--parallel jit is for one device, and --devices is {devices}; use sharded or pmap")
+    if parallel == "jit" and len(there) > 1:
+        raise UserError(f"--parallel jit is for one device, and there are {len(there)} processes; use sharded or pmap")
+    for process, own in enumerate(there):
+        if devices and devices > len(own):
+            names = f"{len(own)} {own[0].platform} device{'s' * (len(own) > 1)}"
+            where = f"process {process} has" if len(there) > 1 else "there are"
+            raise UserError(f"--devices {devices} is more than {where}: {names}; use {len(own)} or less")
 
 
 def put(array: ArrayLike, device: Layout) -> jax.Array:

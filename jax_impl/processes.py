@@ -99,9 +99,16 @@ def run(flags: ManyFlags) -> Mapping[str, Any]:
         connect=flags.connect_timeout,
         heartbeat=flags.heartbeat_timeout,
     )
+    summary, signal = {}, None
     with group.parting():
         placement = IMPLEMENTATION.select_device(**flags.devices_asked())
-        return _lead(flags, group, placement) if group.leads else _follow(flags, group, placement)
+        if group.leads:
+            summary = _lead(flags, group, placement)
+        else:
+            signal = _follow(flags, group, placement)
+    if signal:
+        raise signals.Stopped(signal, program.TOO_LATE)
+    return summary
 
 
 def _lead(flags: ManyFlags, group: Group, placement: Placement) -> Mapping[str, Any]:
@@ -112,8 +119,9 @@ def _lead(flags: ManyFlags, group: Group, placement: Placement) -> Mapping[str, 
     return summary
 
 
-def _follow(flags: ManyFlags, group: Group, placement: Placement) -> Mapping[str, Any]:
-    """Do what process 0 says until it says that this is the end; a signal is its to act on."""
+def _follow(flags: ManyFlags, group: Group, placement: Placement) -> int | None:
+    """Do what process 0 says until it says that this is the end, and return the signal that came, if one did: it is
+    process 0's to act on."""
     Display(quiet=flags.quiet).line(f"process {group.process_id} of {group.num_processes}: does what process 0 does")
     trainer_of = _agreed(group, flags, Member, flags.config, placement, skips=flags.on_nonfinite == "skip")
     dataset = IMPLEMENTATION.load(flags.config.data, data_dir=flags.data_dir, data_source=flags.data_source)
@@ -124,9 +132,7 @@ def _follow(flags: ManyFlags, group: Group, placement: Placement) -> Mapping[str
             waiting: deque[Callable] = deque()
             while (command := group.told(heard))[0] != "end":
                 _do(trainer, *command, waiting)
-    if request.came():
-        raise signals.Stopped(request.number, program.TOO_LATE)
-    return {}
+    return request.number
 
 
 def _do(trainer: Member, command: str, numbers: Sequence[int], waiting: deque[Callable]) -> None:

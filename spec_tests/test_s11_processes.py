@@ -187,6 +187,7 @@ def test_what_process_0_refuses_is_said_by_all(tmp_path):
     ("own", "said"),
     [
         (["--recipe", "mlp128", "--data-dir", "nowhere"], "nowhere"),
+        (["--devices", "0"], "--devices 0 are none; use 1 at least"),
         (["--devices", "2"], "--devices 2 is more than process 0 has: 1 cpu device; use 1 or less"),
     ],
 )
