@@ -261,7 +261,7 @@ def place(
     not.
     """
     if devices is not None:
-        _split_cpu(devices)
+        _split_cpu(max(devices, 1))
     # First of all: every process waits here for every other one.
     there = [list(own) for _, own in itertools.groupby(_devices(platform), lambda device: device.process_index)]
     _check(there, devices, parallel)
