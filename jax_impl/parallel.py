@@ -276,7 +276,7 @@ def place(
 
 
 def _check(there: Sequence[Sequence[jax.Device]], devices: int | None, parallel: Mode | None) -> None:
-    """Raise UserError when each process's `devices` cannot be had of those that are `there`, or are not for the mode."""
+    """Raise UserError when so many `devices` of each process are not `there`, or are not for the mode."""
     if devices is not None and devices < 1:
         raise UserError(f"--devices {devices} are none; use 1 at least")
     if parallel == "jit" and (devices or 1) > 1:
