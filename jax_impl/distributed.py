@@ -61,7 +61,7 @@ class Group:
                 self.client.key_value_delete(_key(f"command/{self._commands - KEPT}"))
         self._commands += 1
 
-    def told(self, meanwhile: Callable[[], None]) -> tuple[str, list[int]]:
+    def told(self, meanwhile: Callable[[], None] = lambda: None) -> tuple[str, list[int]]:
         """Return what process 0 wrote down next, once it did; `meanwhile` is called first, and every now and then."""
         meanwhile()
         command, *numbers = json.loads(self._wait_for(f"command/{self._commands}", meanwhile))

@@ -125,6 +125,8 @@ def _follow(flags: ManyFlags, group: Group, placement: Placement) -> int | None:
     Display(quiet=flags.quiet).line(f"process {group.process_id} of {group.num_processes}: does what process 0 does")
     trainer_of = _agreed(group, flags, Member, flags.config, placement, skips=flags.on_nonfinite == "skip")
     dataset = IMPLEMENTATION.load(flags.config.data, data_dir=flags.data_dir, data_source=flags.data_source)
+    if group.told()[0] == "end":  # the run was finished before
+        return None
     with IMPLEMENTATION.memory_explained():
         trainer = trainer_of(dataset)
         with signals.deferred() as request:
@@ -168,6 +170,8 @@ def _agreed(
     trainer_of = prepare(recipe, placement, skips=skips, kind=partial(kind, group))
 
     def trainer(dataset: Dataset) -> Trainer:
+        if group.leads:
+            group.tell("begin")
         made_by = program.origin(IMPLEMENTATION, placement)
         facts = told(program.to_mapping(recipe)) | {"versions": made_by["versions"], "devices": made_by["devices"]}
         facts |= {"data_sha256": sha256(dataset), "parallel": placement.mode, "uneven": placement.uneven}

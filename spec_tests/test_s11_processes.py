@@ -116,6 +116,8 @@ def test_a_signal_to_one_process_stops_all_and_all_go_on(told, alone, tmp_path, 
     assert checkpoints.newest_good(tmp_path / "run" / "checkpoints")[0] is not None
     train(tmp_path, given, processes=2)
     assert_same_weights(tmp_path / "run", alone)
+    train(tmp_path, given, processes=2)
+    assert "is finished; --overwrite does it again" in run[0].out.read_text()
     counted("R12 runs of several processes that a signal stopped, and that went on", 1)
 
 
