@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -24,8 +26,10 @@ from spec.signals import Stopped, raise_on_signals
 
 NEVER = 10**6  # seconds; JAX ends the process with a page of addresses where its own time limit passes
 ASK_SECONDS = 0.25  # how often the others are asked after, at most
-PART_SECONDS = 5.0  # that process 0 gives the others to hear why it leaves
+PART_SECONDS = 30.0  # that process 0 gives the others to hear why it leaves
+LAST_SECONDS = 0.5  # from then on, for them to leave before the store does
 KEPT = 16  # commands that stay to be read: the others are two behind at most
+OF_THE_CONNECTION = "[Gg]loo|NCCL|UNAVAILABLE|CANCELLED|ABORTED|[Cc]onnection|[Cc]oordination"  # in JAX's errors
 AGAIN = "start all of them again with the same command, and the run goes on from its last checkpoint"
 
 
@@ -105,9 +109,16 @@ class Group:
         try:
             yield
         except (ValueError, jax.errors.JaxRuntimeError) as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
+            if not re.search(OF_THE_CONNECTION, str(error)):
                 raise
             self._lost(error)
+
+    def result(self, future: Future) -> Any:
+        """Return what a future gives, as long as the others are there."""
+        while not future.done():
+            self.watch()
+            wait([future], timeout=ASK_SECONDS)
+        return future.result()
 
     @contextlib.contextmanager
     def parting(self) -> Iterator[None]:
@@ -133,6 +144,7 @@ class Group:
         deadline = time.monotonic() + PART_SECONDS
         while self.leads and len(self._know()) < self.num_processes and time.monotonic() < deadline:
             time.sleep(ASK_SECONDS / 5)
+        time.sleep(LAST_SECONDS if self.leads else 0)
 
     def _know(self) -> set[int]:
         """Return the processes that know that one left, this one among them."""
@@ -226,8 +238,9 @@ def _check_free(coordinator: str) -> None:
     try:
         socket.create_server((host.strip("[]"), int(port)), family=_family(host)).close()
     except OSError as error:
-        said = f"--coordinator {coordinator} cannot be opened here: {os.strerror(error.errno)}"
-        raise UserError(f"{said}; name another port") from None
+        # What is wrong with a name has a number of its own, below 0.
+        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        raise UserError(f"--coordinator {coordinator} cannot be opened here: {reason}; name another port") from None
 
 
 def _bound(coordinator: str) -> str:
@@ -235,7 +248,8 @@ def _bound(coordinator: str) -> str:
     alone."""
     host, port = coordinator.rsplit(":", 1)
     local = host in ("localhost", "[::1]") or host.startswith("127.")
-    return coordinator if local else f"[::]:{port}"
+    everywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - the others are on other machines
+    return coordinator if local else f"{everywhere}:{port}"
 
 
 def _family(host: str) -> socket.AddressFamily:
@@ -243,7 +257,7 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _not_met(coordinator: str | None, process_id: int | None, connect: int) -> str:
-    more = "see that all are started, or give --connect-timeout more"
+    more = "see that all are started, each with a --process-id of its own, or give --connect-timeout more"
     if not coordinator or process_id == 0:
         return f"not all processes of the run came within {connect} s; {more}"
     host, port = coordinator.rsplit(":", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -191,10 +192,11 @@ class Placement:
         return jax.tree.map(lambda leaf: put(leaf, self.of_state), tree)
 
     def whole(self, state: Any) -> Any:
-        """Return a state of which this process has all, a collective of the processes that share it."""
+        """Return a state of which this process has all, a collective of the processes that share it: one array after
+        the other is whole on the devices, and then the host's."""
         if not self.shard_state or self.replicated.is_fully_addressable:
             return state
-        return jax.jit(lambda state: state, out_shardings=self.replicated)(state)
+        return jax.tree.map(lambda leaf: np.asarray(_gathering(self.replicated)(leaf)), state)
 
     def shape(self, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         """Return what stands for an array that is whole on every device."""
@@ -298,6 +300,12 @@ def put(array: ArrayLike, device: Layout) -> jax.Array:
         return jax.device_put(array, device)
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, device, lambda index: array[index])
+
+
+@functools.cache
+def _gathering(replicated: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """Return the program that makes an array whole on every device, compiled once for a shape."""
+    return jax.jit(lambda array: array, out_shardings=replicated)
 
 
 def select_device(platform: str | None) -> jax.Device:

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jax_impl.background import in_background
 from jax_impl.distributed import Group, join
 from jax_impl.parallel import Placement
-from jax_impl.programs import precision_scope
 from jax_impl.step import TrainState
 from jax_impl.trainer import IMPLEMENTATION, Trainer, prepare
 from spec import signals
@@ -28,6 +28,7 @@ from spec.run.resume import flat
 from spec.run.trainer import Tested
 from spec.sweep import ManyFlags
 
+ALIKE = ("parallel", "uneven", "shard_state", "on_nonfinite")  # flags that have to be, beside the recipe
 QUEUED = 2  # calls that a process which follows has on their way, as the one that leads has
 
 
@@ -45,13 +46,14 @@ class Member(Trainer):
 
     def gather(self) -> None:
         """Do the part of this process in the gathering of what all have."""
-        self.placement.whole(self._state)
+        with self.group.explained():
+            self.placement.whole(self._state)
 
     def take_over(self, snapshot: TrainState | None = None) -> None:
         """Take over the snapshot, process 0's, in all."""
         snapshot = snapshot or jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._state)
-        with precision_scope(self.recipe.precision), self.group.explained():
-            super().restore(multihost_utils.broadcast_one_to_all(snapshot))
+        with self.group.explained():
+            super().restore(jax.tree.map(_of_process_0, snapshot))
 
 
 class Leader(Member):
@@ -70,12 +72,14 @@ class Leader(Member):
     def state(self) -> dict[str, np.ndarray]:
         """Return the present state, of which every process may have a part."""
         self.group.tell("gather")
-        return super().state()
+        with self.group.explained():
+            return super().state()
 
     def snapshot(self) -> TrainState:
         """Return the state, of which every process may have a part."""
         self.group.tell("gather")
-        return super().snapshot()
+        with self.group.explained():
+            return super().snapshot()
 
     def restore(self, snapshot: TrainState) -> None:
         """Take over a state, in every process."""
@@ -85,6 +89,13 @@ class Leader(Member):
     def signal_elsewhere(self) -> int | None:
         """Return the number of a signal that another process was given."""
         return self.group.signalled()
+
+
+def _of_process_0(leaf: np.ndarray) -> np.ndarray:
+    """Return process 0's array, given that or one of its shape: its bytes, for a sum of numbers loses the sign of 0."""
+    content = np.frombuffer(leaf.tobytes(), np.uint8)
+    given = np.asarray(multihost_utils.broadcast_one_to_all(content))
+    return np.frombuffer(given.tobytes(), leaf.dtype).reshape(leaf.shape)
 
 
 def run(flags: ManyFlags) -> Mapping[str, Any]:
@@ -124,7 +135,8 @@ def _follow(flags: ManyFlags, group: Group, placement: Placement) -> int | None:
     process 0's to act on."""
     Display(quiet=flags.quiet).line(f"process {group.process_id} of {group.num_processes}: does what process 0 does")
     trainer_of = _agreed(group, flags, Member, flags.config, placement, skips=flags.on_nonfinite == "skip")
-    dataset = IMPLEMENTATION.load(flags.config.data, data_dir=flags.data_dir, data_source=flags.data_source)
+    where = {"data_dir": flags.data_dir, "data_source": flags.data_source}
+    dataset = group.result(in_background(lambda: IMPLEMENTATION.load(flags.config.data, **where)))
     if group.told()[0] == "end":  # the run was finished before
         return None
     with IMPLEMENTATION.memory_explained():
@@ -167,15 +179,16 @@ def _agreed(
     group: Group, flags: ManyFlags, kind: type[Member], recipe: Any, placement: Placement, *, skips: bool
 ) -> Callable[[Dataset], Trainer]:
     """Return what makes this process's trainer of a data set, once all agree on what they are to do."""
-    trainer_of = prepare(recipe, placement, skips=skips, kind=partial(kind, group))
+    trainer_of = prepare(recipe, placement, skips=skips, kind=partial(kind, group), result=group.result)
 
     def trainer(dataset: Dataset) -> Trainer:
         if group.leads:
             group.tell("begin")
         made_by = program.origin(IMPLEMENTATION, placement)
         facts = told(program.to_mapping(recipe)) | {"versions": made_by["versions"], "devices": made_by["devices"]}
-        facts |= {"data_sha256": sha256(dataset), "parallel": placement.mode, "uneven": placement.uneven}
-        group.agree(dict(flat(facts | {"on_nonfinite": flags.on_nonfinite})))
+        facts |= {"data_sha256": sha256(dataset), "num_processes": group.num_processes}
+        facts |= {name: getattr(flags, name) for name in ALIKE}
+        group.agree(dict(flat(facts)))
         return trainer_of(dataset)
 
     return trainer

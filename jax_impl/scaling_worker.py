@@ -22,7 +22,7 @@ from spec.errors import UserError
 TURNS = 7
 STEPS = {"mlp": 200, "cnn": 4}  # of a turn
 SHARES = (1, 2, 4, 8)  # of the batch
-SIZES = (4, 4_096, 65_536, 1_048_576, 4_194_304)  # bytes
+SIZES = (4_096, 65_536, 262_144, 1_048_576, 4_194_304)  # bytes: what gradients have
 REPEATS = 20  # all-reduces in one program
 
 

@@ -79,10 +79,15 @@ class Trainer(Stepper, spec.run.trainer.Trainer):
 
 
 def prepare(
-    recipe: Recipe, placement: Placement, *, skips: bool = False, kind: Callable[..., Trainer] = Trainer
+    recipe: Recipe,
+    placement: Placement,
+    *,
+    skips: bool = False,
+    kind: Callable[..., Trainer] = Trainer,
+    result: Callable[[Future], Any] = Future.result,
 ) -> Callable[[Dataset], Trainer]:
     """Return what makes a trainer, of that `kind`, of a data set. Where its size is known, compilation starts now, in
-    the background.
+    the background; `result` waits for it.
 
     With `skips`, steps that make a number infinite or nan are left out.
     """
@@ -97,7 +102,7 @@ def prepare(
     def trainer(dataset: Dataset) -> Trainer:
         # The programs' state is donated by the first trainer: a second one gets its own.
         programs = known.pop() if known and size_of(dataset) == size else compiling(size_of(dataset))
-        return kind(recipe, dataset, placement, programs=programs.result())
+        return kind(recipe, dataset, placement, programs=result(programs))
 
     return trainer
 

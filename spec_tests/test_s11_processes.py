@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.metadata
 import os
 import random
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import jax_impl.processes
+import jax_impl.trainer
+from jax_impl.distributed import _differing
 from spec import recipe
+from spec.datasets import Dataset
 from spec.errors import UserError
 from spec.processes import check
 from spec.run import checkpoints
@@ -39,26 +45,46 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def members(
-    folder: Path, arguments: Sequence[object], *, processes: int, own: dict[int, Sequence[object]] | None = None
+    folder: Path,
+    arguments: Sequence[object],
+    *,
+    processes: int,
+    own: dict[int, Sequence[object]] | None = None,
+    prepare: dict[int, Callable[[], None]] | None = None,
 ) -> Iterator[list[Started]]:
-    """Run the processes of one run on this machine, each with the same arguments, and those that are its `own`."""
+    """Run the processes of one run on this machine, each with the same arguments, and those that are its `own`; what is
+    to `prepare` some of them is called there first."""
     folder.mkdir(parents=True, exist_ok=True)
     address = f"127.0.0.1:{free_port()}"
     with contextlib.ExitStack() as stack:
         yield [
-            stack.enter_context(member(folder, address, processes, number, [*arguments, *(own or {}).get(number, ())]))
+            stack.enter_context(
+                member(
+                    folder,
+                    address,
+                    processes,
+                    number,
+                    [*arguments, *(own or {}).get(number, ())],
+                    (prepare or {}).get(number),
+                )
+            )
             for number in range(processes)
         ]
 
 
 def member(
-    folder: Path, address: str, processes: int, number: int, arguments: Sequence[object]
+    folder: Path,
+    address: str,
+    processes: int,
+    number: int,
+    arguments: Sequence[object],
+    prepare: Callable[[], None] | None = None,
 ) -> contextlib.AbstractContextManager[Started]:
     place = folder / f"process-{number}"
     place.mkdir(exist_ok=True)
     which = ["--coordinator", address, "--num-processes", processes, "--process-id", number]
     given = ["--distributed", *which, "--heartbeat-timeout", HEARTBEAT, *arguments]
-    return started(place, "jax", list(map(str, given)), cache=folder / f"compiled-{number}")
+    return started(place, "jax", list(map(str, given)), cache=folder / f"compiled-{number}", prepare=prepare)
 
 
 def train(folder: Path, arguments: Sequence[object], *, processes: int) -> None:
@@ -105,7 +131,7 @@ def test_several_processes_train_the_run_of_one(processes, devices, mode, tmp_pa
 
 @pytest.mark.parametrize("told", [0, 1])
 def test_a_signal_to_one_process_stops_all_and_all_go_on(told, alone, tmp_path, counted):
-    given = [*LONG, "--out", tmp_path / "run"]
+    given = [*LONG, *(["--parallel", "sharded", "--shard-state"] * told), "--out", tmp_path / "run"]
     with members(tmp_path, given, processes=2) as run:
         run[0].wait_for(lambda: "loss" in run[0].out.read_text())
         run[told].send(signal.SIGTERM)
@@ -167,7 +193,10 @@ def test_a_run_of_several_processes_that_is_killed_ten_times_is_the_unbroken_one
     ("own", "said"),
     [
         (["--learning-rate", "0.02"], "optimizer.learning_rate: 0.01 in process 0, 0.02 in process 1"),
-        (["--seed", "7"], "seed: 0 in process 0, 7 in process 1"),
+        (["--uneven", "refuse"], "uneven: pad in process 0, refuse in process 1"),
+        (["--on-nonfinite", "skip"], "on_nonfinite: stop in process 0, skip in process 1"),
+        (["--parallel", "sharded", "--shard-state"], "shard_state: False in process 0, True in process 1"),
+        (["--parallel", "pmap"], "parallel: None in process 0, pmap in process 1"),
     ],
 )
 def test_processes_that_disagree_are_told_in_what(own, said, tmp_path):
@@ -230,6 +259,60 @@ def test_distributed_where_nothing_says_which_process_this_is_is_refused(tmp_pat
     with started(tmp_path, "jax", [*SHORT, "--distributed"], cache=tmp_path / "compiled") as process:
         assert process.ended() == 2
         assert "--distributed finds no Slurm, Kubernetes, Cloud TPU or Open MPI here" in process.err.read_text()
+
+
+def test_every_fact_of_every_process_is_held_against_process_0s():
+    given = [{"versions.jax": "1", "data_sha256": "a"}, {"versions.jax": "2", "data_sha256": "a"}, {"data_sha256": "b"}]
+    assert _differing(given[:1] * 3) == []
+    assert _differing(given) == [
+        "versions.jax: 1 in process 0, 2 in process 1",
+        "versions.jax: 1 in process 0, None in process 2",
+        "data_sha256: a in process 0, b in process 2",
+    ]
+
+
+@pytest.mark.parametrize("changed", ["data", "versions"])
+def test_data_and_versions_are_among_the_facts(changed, tmp_path):
+    with members(tmp_path, [*SHORT, "--out", tmp_path / "run"], processes=2, prepare={1: CHANGES[changed]}) as run:
+        assert [process.ended() for process in run] == [2, 2]
+        assert f"{FACTS[changed]}: " in run[0].err.read_text()
+
+
+def slow_compiler() -> None:
+    compiles = jax_impl.trainer.compile_programs
+    jax_impl.trainer.compile_programs = lambda *given, **how: (time.sleep(60), compiles(*given, **how))[1]
+
+
+def other_data() -> None:
+    load = jax_impl.trainer.IMPLEMENTATION.load
+
+    def changed(*given: object, **where: object) -> Dataset:
+        dataset = load(*given, **where)
+        labels = dataset.train.labels.copy()
+        labels[0] += 1
+        return dataclasses.replace(dataset, train=dataset.train._replace(labels=labels))
+
+    jax_impl.processes.IMPLEMENTATION = dataclasses.replace(jax_impl.trainer.IMPLEMENTATION, load=changed)
+
+
+def other_versions() -> None:
+    importlib.metadata.version = lambda name: "0.0.1"
+
+
+CHANGES = {"data": other_data, "versions": other_versions}
+FACTS = {"data": "data_sha256", "versions": "versions.jax"}
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_while_all_are_compiling_ends_all(told, tmp_path):
+    slow = dict.fromkeys((0, 1), slow_compiler)
+    with members(tmp_path, [*SHORT, "--out", tmp_path / "run"], processes=2, prepare=slow) as run:
+        run[0].wait_for(lambda: "digits: 64" in run[0].out.read_text())
+        run[1].wait_for(lambda: "does what" in run[1].out.read_text())
+        time.sleep(1)
+        run[told].send(signal.SIGTERM)
+        assert [process.ended() for process in run] == [128 + signal.SIGTERM] * 2
+        assert f"process {told} left: " in run[1 - told].err.read_text()
 
 
 NAMED = {"distributed": True, "coordinator": "10.0.0.1:1234", "num_processes": 2, "process_id": 1}
