@@ -59,7 +59,7 @@ class Connection:
     latency: float
     bandwidth: float
 
-    def all_reduce(self, size: float, messages: int, devices: int) -> float:
+    def all_reduce(self, size: int, messages: int, devices: int) -> float:
         r"""Return the seconds of `messages` all-reduces of `size` bytes together, as a ring of `devices` makes them.
 
         $2 (n - 1) \alpha$ each, and $2 \frac{n-1}{n} \frac{V}{\beta}$ for all $V$ bytes (Thakur, Rabenseifner and
@@ -78,7 +78,7 @@ class Compute:
     fixed: float
     example: float
 
-    def step(self, examples: float) -> float:
+    def step(self, examples: int | float) -> float:
         """Return the seconds of a step of so many examples."""
         return self.fixed + self.example * examples
 

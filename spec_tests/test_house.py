@@ -39,7 +39,7 @@ from spec_tests.tolerances import CEILING_FLOAT32
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-OURS = ("spec", "jax_impl", "torch_ref", "spec_tests", "constraints", "examples", "results", ".ci")
+OURS = ("spec", "jax_impl", "torch_ref", "spec_tests", "constraints", "docs", "examples", "results", ".ci")
 SKIPPED = shutil.ignore_patterns(".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".git")
 # In a linked worktree .git is a file, which is not tracked.
 TRACKED = [str(path.relative_to(ROOT)) for path in ROOT.iterdir() if path.is_file() and path.name != ".git"] + [

@@ -136,3 +136,7 @@ def formula_bound(magnitude: float, dtype: np.typing.DTypeLike) -> float:
 
 # A mean or a quotient of a few numbers in float64, each operation right to u, as a relative error.
 ROUNDED_MEAN = 1e-12
+
+# A line through a few points that lie on one, solved for in float64, as a relative error of its slope and its offset:
+# the points' sizes are 1e6 apart, and so much worse than a sum is the offset conditioned.
+SOLVED = 1e-9
