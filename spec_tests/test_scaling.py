@@ -30,7 +30,7 @@ def test_a_step_is_a_fixed_part_its_examples_and_the_rings_rounds():
     connection = Connection(latency=0.25, bandwidth=100.0)
     assert scaling.step_seconds(MADE_UP, connection, 1) == 1 + 50
     assert scaling.step_seconds(MADE_UP, connection, 4) == 1 + 12.5 + 2 * 3 * (2 * 0.25 + 800 / 4 / 100)
-    assert scaling.step_seconds(MADE_UP, connection, 4, speed=2) == 13.5 / 2 + 15
+    assert scaling.step_seconds(MADE_UP, connection, 4, speed=2.0) == 13.5 / 2 + 15
     # t(n) = 51 - 50 (1 - 1/n) + (n - 1) + 16 (1 - 1/n): 51, 35, 30.33, 28.5, 27.8, 27.67, 27.86
     assert scaling.best(MADE_UP, connection) == 6
 
