@@ -165,7 +165,7 @@ class Placement:
         parts = len(self.devices)
         for size in sizes:
             if size < parts:
-                raise UserError(f"a batch of {size} is less than {parts} devices; use --devices {size} or less")
+                raise UserError(f"a batch of {size} is less than {parts} devices; use {size} in all, or fewer")
             if size % parts and self.uneven == "refuse":
                 lower, upper = size // parts * parts, -(-size // parts) * parts
                 raise UserError(f"batch_size {size} is not divisible by {parts} devices; use {lower} or {upper}")

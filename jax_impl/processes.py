@@ -134,11 +134,11 @@ def _follow(flags: ManyFlags, group: Group, placement: Placement) -> int | None:
     """Do what process 0 says until it says that this is the end, and return the signal that came, if one did: it is
     process 0's to act on."""
     Display(quiet=flags.quiet).line(f"process {group.process_id} of {group.num_processes}: does what process 0 does")
-    trainer_of = _agreed(group, flags, Member, flags.config, placement, skips=flags.on_nonfinite == "skip")
     where = {"data_dir": flags.data_dir, "data_source": flags.data_source}
     dataset = group.result(in_background(lambda: IMPLEMENTATION.load(flags.config.data, **where)))
-    if group.told()[0] == "end":  # the run was finished before
+    if group.told()[0] == "end":  # the run was finished before; a compiler at work would not let this process leave
         return None
+    trainer_of = _agreed(group, flags, Member, flags.config, placement, skips=flags.on_nonfinite == "skip")
     with IMPLEMENTATION.memory_explained():
         trainer = trainer_of(dataset)
         with signals.deferred() as request:
