@@ -21,10 +21,11 @@ from typing import Any, NoReturn
 import jax
 
 from jax_impl.background import in_background
-from spec.errors import LostProcessError, UserError
+from spec.errors import LostProcessError, UserError, outcome
 from spec.signals import Stopped, raise_on_signals
 
 NEVER = 10**6  # seconds; JAX ends the process with a page of addresses where its own time limit passes
+SOON_SECONDS = 3.0  # that the others may take to come before a word is said of it
 ASK_SECONDS = 0.25  # how often the others are asked after, at most
 PART_SECONDS = 30.0  # that process 0 gives the others to hear why it leaves
 LAST_SECONDS = 0.5  # from then on, for them to leave before the store does
@@ -138,8 +139,7 @@ class Group:
         read it, for the store ends with it."""
         if not isinstance(error, Left):
             number = error.number if isinstance(error, Stopped) else None
-            status = 128 + number if number else getattr(error, "status", 1)
-            message = str(error) if isinstance(error, UserError | Stopped) else f"{type(error).__name__}: {error}"
+            status, message = outcome(error) or (1, f"{type(error).__name__}: {error}")
             self._set(f"left/{self.process_id}", json.dumps([status, number, message]))
         deadline = time.monotonic() + PART_SECONDS
         while self.leads and len(self._know()) < self.num_processes and time.monotonic() < deadline:
@@ -198,12 +198,19 @@ class Group:
 
 
 def join(
-    *, coordinator: str | None, num_processes: int | None, process_id: int | None, connect: int, heartbeat: int
+    *,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    connect: int,
+    heartbeat: int,
+    say: Callable[[str], None],
 ) -> Group:
     """Meet the other processes of the run, within `connect` seconds, and return the group that they are.
 
     What is None is what Slurm, Kubernetes, Cloud TPU or Open MPI say. Raises UserError where nothing says it or the
     port is taken, LostProcessError when time is up. A process that is not heard of for `heartbeat` seconds ends all.
+    What takes long is told to `say`.
     """
     if coordinator and process_id == 0:
         _check_free(coordinator)
@@ -213,7 +220,10 @@ def join(
     times = {"initialization_timeout": NEVER, "heartbeat_timeout_seconds": heartbeat}
     meeting = in_background(lambda: jax.distributed.initialize(**named, **times))
     try:
-        meeting.result(timeout=connect)
+        if connect > SOON_SECONDS and not wait([meeting], timeout=SOON_SECONDS).done:
+            where = f" to meet at {coordinator}" if coordinator else ""
+            say(f"waiting for the other processes of the run{where}, for up to {connect} s ...")
+        meeting.result(timeout=connect - SOON_SECONDS * (connect > SOON_SECONDS))
     except TimeoutError:
         raise LostProcessError(_not_met(coordinator, process_id, connect)) from None
     except ValueError as error:
@@ -240,7 +250,10 @@ def _check_free(coordinator: str) -> None:
     except OSError as error:
         # What is wrong with a name has a number of its own, below 0.
         reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
-        raise UserError(f"--coordinator {coordinator} cannot be opened here: {reason}; name another port") from None
+        raise UserError(
+            f"--coordinator {coordinator} cannot be opened here: {reason}; see that no other process 0 is started, or "
+            "name another port"
+        ) from None
 
 
 def _bound(coordinator: str) -> str:
@@ -257,16 +270,24 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _not_met(coordinator: str | None, process_id: int | None, connect: int) -> str:
-    more = "see that all are started, each with a --process-id of its own, or give --connect-timeout more"
-    if not coordinator or process_id == 0:
+    more = (
+        "see that all are started, with the same --num-processes and each with a --process-id of its own, or give "
+        "--connect-timeout more"
+    )
+    if not coordinator:
         return f"not all processes of the run came within {connect} s; {more}"
     host, port = coordinator.rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
     except OSError as error:
+        here = (
+            "the name or address of this machine"
+            if process_id == 0
+            else "right and open, and that process 0 is started"
+        )
         return (
-            f"--coordinator {coordinator} was not reached within {connect} s ({error.strerror or error}); see that "
-            "process 0 is started, and that its address is right and open, or give --connect-timeout more"
+            f"--coordinator {coordinator} was not reached within {connect} s ({error.strerror or error}); see that its "
+            f"address is {here}, or give --connect-timeout more"
         )
     return f"process 0 is there, and not all of the others came within {connect} s; {more}"
 

@@ -272,7 +272,8 @@ def place(
     mode = parallel or ("jit" if len(chosen) == 1 else "sharded")
     if shard_state and mode != "sharded":
         raise UserError(
-            f"--shard-state divides the state as sharded does the batch, and this is {mode}; use both, or none"
+            f"--shard-state divides the state as sharded does the batch, and this is {mode} on {len(chosen)} "
+            f"device{'s' * (len(chosen) > 1)}; use --parallel sharded and --devices 2 or more, or leave it out"
         )
     return Placement(mode, chosen, uneven, shard_state)
 

@@ -103,12 +103,14 @@ def run(flags: ManyFlags) -> Mapping[str, Any]:
 
     Raises what the others left for, where one did.
     """
+    display = Display(quiet=flags.quiet)
     group = join(
         coordinator=flags.coordinator,
         num_processes=flags.num_processes,
         process_id=flags.process_id,
         connect=flags.connect_timeout,
         heartbeat=flags.heartbeat_timeout,
+        say=display.line,
     )
     summary, signal = {}, None
     with group.parting():

@@ -111,30 +111,41 @@ def _lines(message: str, *, most: int) -> list[str]:
     return lines if left_out <= 1 else [*lines[: most - 2], f"... {left_out:,} lines more", lines[-1]]
 
 
+def outcome(error: BaseException) -> tuple[int, str] | None:
+    """Return the status that a program ends with for an error, and what it says of it; None for an error of ours.
+
+    2 is for a mistake of the user's, 75 where another process was lost, 130 and 143 for SIGINT and SIGTERM, 141 for a
+    broken pipe.
+    """
+    match error:
+        case UserError():
+            return error.status, str(error)
+        case MemoryError():
+            return 2, f"not enough memory ({error}); use a smaller batch, network or data set"
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case Stopped():
+            return 128 + error.number, str(error) or "terminated"
+        case BrokenPipeError():
+            return 141, "nobody reads its output any more"
+        case OSError(errno=errno.ENOSPC):
+            return 2, f"no space left to write output: {error}"
+    return None
+
+
 def exit_status(program: Callable[[], None]) -> int:
-    """Run `program`; return 0, 2 after a mistake of the user's, 75 where another process was lost, 130 or 143 after
-    SIGINT or SIGTERM, 141 after a broken pipe."""
+    """Run `program`; return 0, or the status of the `outcome` of what it raised, which is said on standard error."""
     try:
         program()
         print(end="", flush=True)
-    except UserError as error:
-        most = MOST_LISTED if isinstance(error, StateError) else MOST_LINES
-        print("\n".join(_lines(f"error: {error}", most=most)), file=sys.stderr)
-        return error.status
-    except MemoryError as error:
-        print(f"error: not enough memory ({error}); use a smaller batch, network or data set", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Stopped as stopped:
-        print(str(stopped) or "terminated", file=sys.stderr)
-        return 128 + stopped.number
-    except BrokenPipeError:
-        return 141
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except BaseException as error:
+        if (found := outcome(error)) is None:
             raise
-        print(f"error: no space left to write output: {error}", file=sys.stderr)
-        return 2
+        status, message = found
+        if isinstance(error, KeyboardInterrupt | Stopped):
+            print(message, file=sys.stderr)
+        elif not isinstance(error, BrokenPipeError):
+            most = MOST_LISTED if isinstance(error, StateError) else MOST_LINES
+            print("\n".join(_lines(f"error: {message}", most=most)), file=sys.stderr)
+        return status
     return 0

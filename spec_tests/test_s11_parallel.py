@@ -219,8 +219,8 @@ def test_local_statistics_of_a_single_example_are_refused_and_a_device_may_have_
             {"devices": 2, "parallel": "jit"},
             "--parallel jit is for one device, and --devices is 2; use sharded or pmap",
         ),
-        ({"shard_state": True}, "--shard-state divides the state as sharded does the batch, and this is jit"),
-        ({"shard_state": True, "parallel": "pmap"}, "--shard-state divides the state .*, and this is pmap"),
+        ({"shard_state": True}, "--shard-state divides .*, and this is jit on 1 device; use --parallel sharded and"),
+        ({"shard_state": True, "parallel": "pmap"}, "--shard-state divides .*, and this is pmap on 1 device;"),
         ({"devices": 99}, "--devices 99 is more than there are: 1 cpu device; use 1 or less"),
     ],
 )

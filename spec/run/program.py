@@ -74,7 +74,8 @@ def _run(flags: Flags, implementation: Implementation, start: Start, display: Di
 
 
 def _on(devices: Sequence[str]) -> str:
-    return devices[0] if len(devices) == 1 else f"{len(devices)} devices, {devices[0]} to {devices[-1]}"
+    kinds = sorted({name.rpartition(":")[0] for name in devices})
+    return devices[0] if len(devices) == 1 else f"{len(devices)} devices: {', '.join(kinds)}"
 
 
 def _notes(start: Start, made_by: Mapping) -> Iterator[str]:

@@ -58,6 +58,7 @@ MANY_TESTS = "spec_tests/test_many.py"
 OPTIMIZER_TESTS = "spec_tests/test_s06_optimizer.py"
 NORM_TESTS = "spec_tests/test_s07_batchnorm_dropout.py"
 EPOCH_TESTS = "spec_tests/test_s09_epoch.py"
+PROCESSES_TESTS = "spec_tests/test_s11_processes.py"
 PARALLEL_TESTS = "spec_tests/test_s11_parallel.py"
 TRAJECTORY_TESTS = "spec_tests/test_s09_trajectories.py"
 
@@ -1994,8 +1995,48 @@ S11 = (
         path="jax_impl/processes.py",
         old="super().restore(jax.tree.map(_of_process_0, snapshot))",
         new="super().restore(snapshot)",
-        tests=("spec_tests/test_s11_processes.py",),
+        tests=(PROCESSES_TESTS,),
         only="signal_to_one",
+    ),
+    Mutant(
+        name="jax-signal-kept-to-one-process",
+        clause="S11",
+        says="process 0 is not told of a signal to another",
+        path="jax_impl/processes.py",
+        old="self.group.signal(self.request.number)",
+        new="self.request.number",
+        tests=(PROCESSES_TESTS,),
+        only="signal_to_one",
+    ),
+    Mutant(
+        name="jax-processes-of-different-data",
+        clause="S11",
+        says="data are not among what processes agree on",
+        path="jax_impl/processes.py",
+        old='"data_sha256": sha256(dataset)',
+        new='"data_sha256": ""',
+        tests=(PROCESSES_TESTS,),
+        only="data_and_versions",
+    ),
+    Mutant(
+        name="jax-signal-left-to-the-runtime",
+        clause="S11",
+        says="SIGTERM stays with the runtime, which does nothing with it",
+        path="jax_impl/distributed.py",
+        old="raise_on_signals()  # JAX",
+        new="pass  # JAX",
+        tests=(PROCESSES_TESTS,),
+        only="while_all_are_compiling",
+    ),
+    Mutant(
+        name="jax-processes-that-leave-unheard",
+        clause="S11",
+        says="a process that waits does not ask whether another left",
+        path="jax_impl/distributed.py",
+        old="            self._raise_of_those_who_left()\n            if self.leads:",
+        new="            if self.leads:",
+        tests=(PROCESSES_TESTS,),
+        only="another_process_refuses",
     ),
 )
 
