@@ -6,12 +6,12 @@ COLAB_VENV ?= .venv-colab
 CONSTRAINTS = constraints/main.txt
 COLAB_CONSTRAINTS = constraints/colab.txt
 BIN = $(VENV)/bin
-SOURCES = spec jax_impl torch_ref spec_tests
+SOURCES = spec jax_impl torch_ref spec_tests notebooks
 WORKERS ?= auto
 # As many workers as cores: threads of torch's own in each would only wait for one another.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: train test test-all test-colab data lint format wheel clean
+.PHONY: train test test-all test-colab test-notebooks docs data lint format wheel clean
 
 train: $(VENV)/.train
 	$(BIN)/python -m jax_impl.train
@@ -24,6 +24,11 @@ test-all: lint data
 
 test-colab: $(COLAB_VENV)/.test
 	OMP_NUM_THREADS=1 $(COLAB_VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
+
+# Every notebook, whole, in quick mode, on 1 and on 4 devices, in both worlds; `make test-all` has them in full mode too.
+test-notebooks: data $(COLAB_VENV)/.test
+	$(PYTEST) spec_tests/test_notebooks.py -k "not full_mode"
+	OMP_NUM_THREADS=1 $(COLAB_VENV)/bin/python -m pytest -n $(WORKERS) spec_tests/test_notebooks.py -k "not full_mode"
 
 # Without any source for it, the tests on real data say that they skip.
 data: $(VENV)/.test

@@ -204,7 +204,7 @@ def join(
     process_id: int | None,
     connect: int,
     heartbeat: int,
-    say: Callable[[str], None],
+    say: Callable[[str], None] = lambda text: None,
 ) -> Group:
     """Meet the other processes of the run, within `connect` seconds, and return the group that they are.
 

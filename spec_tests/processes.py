@@ -48,9 +48,9 @@ class Started(NamedTuple):
         """Send it the signal of that number."""
         os.kill(self.process.pid, number)
 
-    def ended(self) -> int:
-        """Wait for its end; return its status, minus the signal's number if one killed it."""
-        self.process.join(PATIENCE)
+    def ended(self, *, seconds: float = PATIENCE) -> int:
+        """Wait so long for its end; return its status, minus the signal's number if one killed it."""
+        self.process.join(seconds)
         assert self.process.exitcode is not None, "still running"
         return self.process.exitcode
 

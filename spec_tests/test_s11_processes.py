@@ -27,7 +27,7 @@ from spec.errors import UserError
 from spec.processes import check
 from spec.run import checkpoints
 from spec.sweep import ManyFlags
-from spec_tests.processes import Started, started
+from spec_tests.processes import PATIENCE, Started, started
 from spec_tests.tolerances import SEVERAL_DEVICES
 
 HEARTBEAT = 10  # seconds
@@ -88,10 +88,12 @@ def member(
     return started(place, "jax", list(map(str, given)), cache=folder / f"compiled-{number}", prepare=prepare)
 
 
-def train(folder: Path, arguments: Sequence[object], *, processes: int) -> None:
+def train(folder: Path, arguments: Sequence[object], *, processes: int, seconds: float = PATIENCE) -> None:
     """Run all processes to their end."""
     with members(folder, arguments, processes=processes) as run:
-        assert [process.ended() for process in run] == [0] * processes, [one.err.read_text() for one in run]
+        assert [process.ended(seconds=seconds) for process in run] == [0] * processes, [
+            one.err.read_text() for one in run
+        ]
         assert [process.err.read_text() for process in run] == [""] * processes
 
 
@@ -188,7 +190,7 @@ def test_a_run_of_several_processes_that_is_killed_ten_times_is_the_unbroken_one
         steps.append(newest.step if newest else 0)
     assert steps == sorted(steps)
     assert 0 < steps[-1] < 20 * 240, steps
-    train(tmp_path, [*given, "--out", tmp_path / "run"], processes=processes)
+    train(tmp_path, [*given, "--out", tmp_path / "run"], processes=processes, seconds=10 * PATIENCE)
     (tmp_path / "alone").mkdir()
     assert_same_weights(tmp_path / "run", run_of_one(tmp_path / "alone", given))
     counted("R12 kills of one of several processes", 10)

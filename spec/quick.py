@@ -1,0 +1,26 @@
+"""The notebooks' quick mode: the same cells on fewer epochs, examples and seeds, for tests that run them whole."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+VARIABLE = "LOCKSTEP_QUICK"
+T = TypeVar("T")
+
+
+def is_quick() -> bool:
+    """Return whether quick mode is on: the environment's LOCKSTEP_QUICK is 1."""
+    return os.environ.get(VARIABLE) == "1"
+
+
+def sized(*, full: T, quick: T) -> T:
+    """Return `full`, or in quick mode `quick`."""
+    return quick if is_quick() else full
+
+
+def said() -> str:
+    """Return which mode is on, in a sentence."""
+    if is_quick():
+        return f"quick mode ({VARIABLE}=1): few epochs, examples and seeds, so the figures here mean little"
+    return f"full mode: every figure as the text has it ({VARIABLE}=1 in the environment runs all in a minute)"
