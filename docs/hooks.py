@@ -1,0 +1,48 @@
+"""What mkdocs is told of this repository: which files outside docs/ are pages, and that formulas become MathML."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+PAGES = {"README.md": "index.md", "spec/SPEC.md": "specification.md", "examples/README.md": "examples.md"}
+LINKS = {
+    "spec/SPEC.md": "specification.md",
+    "docs/scaling.md": "scaling.md",
+    "examples/README.md": "examples.md",
+    "../README.md": "index.md",
+}
+FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Add the pages that lie elsewhere in the repository, their links to one another made those of the site."""
+    for source, page in PAGES.items():
+        content = (ROOT / source).read_text("utf-8")
+        files.append(File.generated(config, page, content=_linked(content)))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Return a page's HTML, its formulas MathML: no script has to be fetched to read them."""
+    return FORMULA.sub(_mathml, html)
+
+
+def _linked(content: str) -> str:
+    for path, page in LINKS.items():
+        content = re.sub(rf"\]\({re.escape(path)}(#[^)]*)?\)", rf"]({page}\1)", content)
+    return content
+
+
+def _mathml(found: re.Match) -> str:
+    latex = unescape(found[2]).strip()
+    display = "block" if found[1] == "div" else "inline"
+    return convert(latex.removeprefix(r"\[").removeprefix(r"\(").removesuffix(r"\]").removesuffix(r"\)"), display=display)
