@@ -6,7 +6,7 @@ COLAB_VENV ?= .venv-colab
 CONSTRAINTS = constraints/main.txt
 COLAB_CONSTRAINTS = constraints/colab.txt
 BIN = $(VENV)/bin
-SOURCES = spec jax_impl torch_ref spec_tests notebooks
+SOURCES = spec jax_impl torch_ref spec_tests notebooks docs
 WORKERS ?= auto
 # As many workers as cores: threads of torch's own in each would only wait for one another.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
@@ -33,6 +33,11 @@ test-notebooks: data $(COLAB_VENV)/.test
 # Without any source for it, the tests on real data say that they skip.
 data: $(VENV)/.test
 	-$(BIN)/python -m spec.datasets fetch fashion_mnist
+
+# The site of README, SPEC.md, pages and notebooks, in build/site; the notebooks are run, in quick mode unless told.
+LOCKSTEP_QUICK ?= 1
+docs: data
+	LOCKSTEP_QUICK=$(LOCKSTEP_QUICK) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)

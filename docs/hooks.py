@@ -45,4 +45,6 @@ def _linked(content: str) -> str:
 def _mathml(found: re.Match) -> str:
     latex = unescape(found[2]).strip()
     display = "block" if found[1] == "div" else "inline"
-    return convert(latex.removeprefix(r"\[").removeprefix(r"\(").removesuffix(r"\]").removesuffix(r"\)"), display=display)
+    return convert(
+        latex.removeprefix(r"\[").removeprefix(r"\(").removesuffix(r"\]").removesuffix(r"\)"), display=display
+    )
