@@ -197,7 +197,7 @@ def test_a_run_of_several_processes_that_is_killed_ten_times_is_the_unbroken_one
     counted("R12 kills of one of several processes", 10)
 
 
-def test_another_number_of_processes_goes_on_with_a_run_and_another_run_overwrites_it(alone, tmp_path):
+def test_another_number_of_processes_goes_on_with_a_run(alone, tmp_path):
     given = [*LONG, "--out", tmp_path / "run"]
     with members(tmp_path, given, processes=2) as run:
         run[0].wait_for(lambda: "loss" in run[0].out.read_text())
@@ -206,8 +206,6 @@ def test_another_number_of_processes_goes_on_with_a_run_and_another_run_overwrit
     train(tmp_path, given, processes=3)
     assert_same_weights(tmp_path / "run", alone)
     assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["devices"]) == 3
-    train(tmp_path, [*given, "--overwrite"], processes=2)
-    assert_same_weights(tmp_path / "run", alone)
 
 
 def test_a_run_of_several_processes_whose_numbers_end_stops_in_all(tmp_path):
