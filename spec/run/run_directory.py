@@ -24,7 +24,8 @@ CONFIG, METRICS, SUMMARY, WEIGHTS = "config.json", checkpoints.METRICS, "summary
 BATCH = "nonfinite.safetensors"
 OUTCOME = (SUMMARY, WEIGHTS)  # of a finished run alone
 ASIDE = ".checkpoints.old"  # those of a run that is being replaced
-CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, checkpoints.FOLDER)
+PLOTS = "plots"  # made of a run, and gone with it when it is replaced
+CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, checkpoints.FOLDER, PLOTS)
 
 
 def check_usable(path: Path, *, overwrite: bool, several: bool = False) -> None:
@@ -147,6 +148,7 @@ class RunDirectory:
             for name in OUTCOME:
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(self.path / PLOTS, ignore_errors=True)
             if (self.path / checkpoints.FOLDER).exists():
                 (self.path / checkpoints.FOLDER).rename(aside)
             for name in (checkpoints.FOLDER, BATCH, METRICS, CONFIG, WEIGHTS, SUMMARY):

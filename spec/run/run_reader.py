@@ -54,10 +54,10 @@ def read(path: Path) -> Run:
     StateError for a file that is not safetensors, each with the mend.
     """
     path = path.expanduser()
-    _refuse_what_is_no_run(path)
+    check_is_run(path)
     of = recipe.load(str(path / CONFIG))
-    config = _read_json(path / CONFIG)
-    summary = _read_json(path / SUMMARY) if os.path.exists(path / SUMMARY) else None
+    config = read_json(path / CONFIG)
+    summary = read_json(path / SUMMARY) if os.path.exists(path / SUMMARY) else None
     made_by = config.get("framework") if config.get("framework") in TRAINERS else None
     file = path / WEIGHTS
     if not os.path.exists(file) and summary is not None:
@@ -93,7 +93,8 @@ def _verify(content: bytes, file: Path, wanted: object, *, mend: str) -> None:
         )
 
 
-def _refuse_what_is_no_run(path: Path) -> None:
+def check_is_run(path: Path) -> None:
+    """Raise RunDirectoryError, with the mend, unless a run is there."""
     if not os.path.isdir(path):
         what = "is a file" if os.path.exists(path) else "does not exist"
         raise RunDirectoryError(f"{path} {what}; name a run's directory, as runs/NAME")
@@ -109,7 +110,8 @@ def _refuse_what_is_no_run(path: Path) -> None:
     raise RunDirectoryError(f"{path} is no run directory: it has no config.json; name one that a trainer wrote")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the table that a JSON file of a run holds. Raises RunDirectoryError for anything else."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise RunDirectoryError(f"{path} has over {MOST_BYTES:,} bytes; a trainer writes less; put back its own")

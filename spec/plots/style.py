@@ -1,0 +1,66 @@
+"""What all pictures share: colours that the colour-blind tell apart, lines that differ in grey print too, and files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spec.errors import UserError
+from spec.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito, "Color Universal Design" (2008), without its yellow, which is too light for a line.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)
+PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+RIGHT, WRONG = BLUE, VERMILION
+GREY = "#666666"
+DPI = 150
+FORMATS = ("png", "svg")
+SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "lockstep", "font.size": 10, "axes.titlesize": 11}
+
+
+def look(index: int) -> dict[str, str]:
+    """Return the colour and the marker of the line of that number; two of the first 49 never share both."""
+    marker = (index + index // len(PALETTE)) % len(MARKERS)
+    return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[marker]}
+
+
+def figure(width: float, height: float, *, layout: str | None = "constrained") -> Figure:
+    """Return an empty figure of that size in inches; it is in no window and in no list of open ones."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
+
+
+def save(picture: Figure, folder: Path, name: str, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Write a figure to `folder`, made if need be, as NAME.png and NAME.svg, each whole or not at all; return both.
+
+    The same figure gives the same bytes: no date is in them. Raises UserError where the disk refuses.
+    """
+    import matplotlib
+
+    written = []
+    for kind in formats:
+        content, path = io.BytesIO(), folder / f"{name}.{kind}"
+        with matplotlib.rc_context(SETTINGS):
+            picture.savefig(content, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content.getvalue())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); name another place with --out") from None
+        written.append(path)
+    return written

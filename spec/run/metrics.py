@@ -1,0 +1,84 @@
+"""What a run has recorded: `metrics.jsonl` and its recipe, of a run that is finished, stopped, or still at work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spec import recipe
+from spec.errors import RunDirectoryError
+from spec.recipe import Recipe
+from spec.run.run_directory import CONFIG, METRICS
+from spec.run.run_reader import check_is_run, read_json
+
+NEEDED = {  # what is read of each event; a run of a later version may have more
+    "epoch": ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+    "progress": ("step", "examples_seen", "examples", "batch_loss"),
+}
+AGAIN = "put back a good copy, or train the run again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A run's recipe and what it recorded so far: the figures of each epoch, its progress lines, and whether the last
+    line was cut short, as a kill leaves it."""
+
+    path: Path
+    recipe: Recipe
+    framework: str
+    epochs: list[Mapping[str, Any]]
+    progress: list[Mapping[str, Any]]
+    cut: bool
+
+
+def read(path: Path) -> Recorded:
+    """Return what the run at `path` recorded.
+
+    Raises RunDirectoryError for what is no run, has recorded nothing yet, or is damaged, naming the line, and
+    RecipeError for a recipe of another version.
+    """
+    path = path.expanduser()
+    check_is_run(path)
+    of = recipe.load(str(path / CONFIG))
+    framework = str(read_json(path / CONFIG).get("framework", "unknown"))
+    lines, cut = _lines(path / METRICS)
+    events: dict[str, list] = {name: [] for name in NEEDED}
+    for number, line in enumerate(lines, start=1):
+        event = _event(line, f"{path / METRICS}, line {number}")
+        events[event["event"]].append(event)
+    if not any(events.values()):
+        raise RunDirectoryError(f"{path} has recorded nothing yet; wait for its first progress line, or train it")
+    return Recorded(
+        path=path, recipe=of, framework=framework, epochs=events["epoch"], progress=events["progress"], cut=cut
+    )
+
+
+def _lines(path: Path) -> tuple[list[bytes], bool]:
+    """Return the whole lines of a file, and whether something follows the last of them."""
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path.parent} has no {path.name}, where its figures would be; {AGAIN}") from None
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}; {AGAIN}") from None
+    return lines, bool(rest)
+
+
+def _event(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        raise RunDirectoryError(f"{where}: that is no JSON; {AGAIN}") from None
+    if not isinstance(event, dict) or event.get("event") not in NEEDED:
+        raise RunDirectoryError(f"{where}: that is no event of this version, {' or '.join(NEEDED)}; {AGAIN}")
+    missing = [name for name in NEEDED[event["event"]] if name not in event]
+    wrong = [name for name in NEEDED[event["event"]] if not isinstance(event.get(name), int | float | None)]
+    if missing or wrong:
+        fault = (
+            f"has no {missing[0]}" if missing else f"says {wrong[0]} {str(event[wrong[0]])[:40]!r}, which is no number"
+        )
+        raise RunDirectoryError(f"{where}: the event {fault}, as of another version; {AGAIN}")
+    return event
