@@ -1,0 +1,316 @@
+"""`python -m jax_impl.plot`: pictures of the run's own numbers, files that open, and runs that cannot be drawn."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_impl import plot
+from spec import params, recipe
+from spec.plots import command, confusion, filters, predictions, style, terminal
+from spec.plots.curves import Curve, learning_curves
+from spec.run import metrics
+from spec.run.run_directory import METRICS, WEIGHTS
+from spec_tests.commands import call
+from spec_tests.conftest import Ended
+
+NAMES = ("shirt", "coat", "bag")
+PICTURES = ("curves", "confusion", "classes", "first_layer", "predictions", "mistakes")
+
+
+def epoch(number: int, loss: float, *, tested: bool = True) -> dict[str, float | None]:
+    test = {"test_loss": loss + 0.5, "test_accuracy": 0.5 + 0.1 * number} if tested else dict.fromkeys(TESTED)
+    return {"epoch": number, "train_loss": loss, "train_accuracy": 0.1 * number, **test}
+
+
+TESTED = ("test_loss", "test_accuracy")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Two short runs of the digits, of either framework, and a binary one without a test split."""
+    import jax_impl.train
+    import torch_ref.train
+
+    folder = tmp_path_factory.mktemp("runs")
+    for main, name, *more in (
+        (jax_impl.train.main, "jax", "--recipe", "digits"),
+        (torch_ref.train.main, "torch", "--recipe", "digits"),
+        (jax_impl.train.main, "binary", "--recipe", "breast-cancer"),
+    ):
+        ended = call(main, *more, "--epochs", "2", "--checkpoint-every", "never", "--quiet", "--out", folder / name)
+        assert ended.status == 0, ended.err
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path) -> Path:
+    return Path(shutil.copytree(runs / "jax", tmp_path / "run"))
+
+
+def drawn(*arguments: object) -> Ended:
+    return call(plot.main, *arguments)
+
+
+def test_curves_are_the_figures_of_each_epoch_and_of_single_batches():
+    lines = [
+        {"step": 1, "examples_seen": 5, "examples": 20, "batch_loss": 3.0},
+        {"step": 2, "examples_seen": 15, "examples": 20, "batch_loss": None},
+    ]
+    curve = Curve(label="a", planned=2, epochs=[epoch(1, 2.0), epoch(2, 1.0)], progress=lines)
+    loss, accuracy = learning_curves([curve]).axes
+    found = {line.get_label(): line.get_xydata().tolist() for line in (*loss.lines, *accuracy.lines[:0])}
+    assert found == {
+        "train: a": [[1, 2.0], [2, 1.0]],
+        "test: a": [[1, 2.5], [2, 1.5]],
+        "single batches": [[0.5, 3.0]],
+    }
+    assert [line.get_ydata().tolist() for line in accuracy.lines] == [[0.1, 0.2], [0.6, 0.7]]
+
+
+def test_a_split_without_figures_has_no_curve_and_a_step_without_one_a_gap():
+    epochs = [epoch(1, 2.0, tested=False), epoch(2, 1.0, tested=False) | {"train_loss": None}]
+    (line,) = learning_curves([Curve(label="a", planned=2, epochs=epochs)]).axes[0].lines
+    assert np.array_equal(line.get_ydata(), [2.0, np.nan], equal_nan=True)
+
+
+def test_several_runs_differ_in_colour_and_in_marker_and_splits_in_dashes():
+    curves = [Curve(label=name, planned=1, epochs=[epoch(1, 1.0)]) for name in "ab"]
+    lines = learning_curves(curves).axes[0].lines
+    looks = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines]
+    assert looks == [
+        (style.BLUE, "o", "--"),
+        (style.BLUE, "o", "-"),
+        (style.VERMILION, "s", "--"),
+        (style.VERMILION, "s", "-"),
+    ]
+
+
+def test_no_two_runs_of_49_look_the_same():
+    looks = {tuple(style.look(index).values()) for index in range(49)}
+    assert len(looks) == 49
+    assert len({style.look(index)["marker"] for index in range(7)}) == 7  # told apart in grey print too
+
+
+def test_right_and_wrong_differ_in_lightness_and_not_by_red_against_green():
+    def lightness(colour: str) -> float:
+        return colorsys.rgb_to_hls(*(int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)))[1]
+
+    assert abs(lightness(style.RIGHT) - lightness(style.WRONG)) > 0.05
+    blue, red = (int(style.RIGHT[5:], 16), int(style.WRONG[5:], 16))
+    assert blue - red > 100  # the blue channel is what the red-green blind see
+
+
+def test_the_matrix_is_by_rows_and_a_class_without_examples_is_left_white():
+    matrix = confusion.counts(np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 0]), 3)
+    assert matrix.tolist() == [[3, 1, 0], [1, 0, 0], [0, 0, 0]]
+    axes = confusion.confusion(matrix, NAMES).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["75.0", "25.0", "", "100.0", "", "", "", "", ""]
+    assert np.isnan(axes.images[0].get_array().filled(np.nan)[2]).all()
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(NAMES)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+
+
+def test_precision_recall_and_f1_are_those_of_the_matrix():
+    found = confusion.by_class(np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]]))
+    assert found["precision"].tolist()[:2] == [3 / 5, 4 / 5]
+    assert found["recall"].tolist()[:2] == [3 / 4, 4 / 6]
+    assert found["F1"].tolist()[:2] == [6 / 9, 8 / 11]
+    assert all(np.isnan(found[name][2]) for name in ("precision", "recall", "F1"))
+    assert confusion.rows(np.array([[3, 1], [0, 0]]), NAMES[:2]) == [
+        ("shirt", "4", "3", "1.0000", "0.7500", "0.8571"),
+        ("coat", "0", "0", "0.0000", "-", "0.0000"),
+    ]
+
+
+def test_the_class_that_is_worst_is_at_the_top():
+    axes = confusion.classes(np.array([[9, 1, 0], [0, 10, 0], [5, 0, 5]]), NAMES).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()][::-1] == ["bag", "shirt", "coat"]
+
+
+def test_a_grid_marks_what_is_wrong_by_a_cross_a_colour_and_a_thick_frame():
+    images = np.arange(2 * 4 * 4).reshape(2, 4, 4, 1)
+    chances = np.array([[0.25, 0.75, 0], [0.9, 0.1, 0]])
+    right, wrong, *empty = predictions.grid(images, np.array([1, 2]), NAMES, chances).axes
+    assert (right.get_title(), wrong.get_title()) == ("✓ coat\n75.0%", "✗ shirt\n90.0%, is bag")
+    assert right.title.get_color() == style.RIGHT
+    assert wrong.title.get_color() == style.WRONG
+    assert wrong.spines["top"].get_linewidth() > right.spines["top"].get_linewidth()
+    assert right.images[0].get_array()[0, 0] == 0
+    assert right.images[0].get_array()[-1, -1] == 1
+    assert not any(axes.axison for axes in empty)
+
+
+def test_without_probabilities_a_grid_shows_labels_alone():
+    assert predictions.grid(np.zeros((1, 4, 4, 3)), np.array([2]), NAMES).axes[0].get_title() == "bag"
+
+
+@pytest.mark.parametrize("name", ["mlp128", "cnn", "breast-cancer"])
+def test_the_first_layer_is_drawn_in_the_layout_of_the_images(name):
+    of = recipe.load(name)
+    shape = (30,) if name == "breast-cancer" else (28, 28, 1)
+    leaves = params.leaves(of.model, shape, 10)
+    leaf = leaves[0]
+    weight = np.random.default_rng(0).normal(size=leaf.shape)
+    (image,) = filters.first_layer(leaves, {leaf.name: weight}).axes[0].images
+    shown = image.get_array().filled(np.nan)
+    unit = {"mlp128": lambda: weight[1].reshape(28, 28), "cnn": lambda: weight[1, 0], "breast-cancer": lambda: None}[
+        name
+    ]()
+    if unit is None:
+        assert np.array_equal(shown, weight)
+    else:
+        side = len(unit)
+        assert np.array_equal(shown[:side, side + 1 : 2 * side + 1], unit)
+        assert np.isnan(shown[:side, side]).all()
+    lowest, highest = image.get_clim()
+    assert lowest == -highest == -np.nanmax(np.abs(shown))
+
+
+def test_every_picture_of_a_run_opens_and_its_svg_has_its_words(run):
+    ended = drawn(run)
+    assert (ended.status, ended.err) == (0, "")
+    for name in PICTURES:
+        with Image.open(run / "plots" / f"{name}.png") as image:
+            assert image.size[0] > 500
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10, name  # it is not blank
+        ElementTree.parse(run / "plots" / f"{name}.svg")
+        assert str(run / "plots" / f"{name}.svg") in ended.out
+    assert ">predicted<" in (run / "plots" / "confusion.svg").read_text("utf-8").replace(" ", "")
+    examples = [line.split() for line in ended.out.splitlines() if line[:2] in {f"{digit} " for digit in range(10)}]
+    summary = json.loads((run / "summary.json").read_text())
+    right, total = (sum(int(row[place]) for row in examples) for place in (2, 1))
+    assert right / total == summary["test_accuracy"]
+
+
+def test_the_same_run_gives_the_same_bytes(run, tmp_path):
+    for folder in ("one", "two"):
+        assert drawn(run, "--out", tmp_path / folder).status == 0
+    for name in PICTURES:
+        for kind in style.FORMATS:
+            file = f"{name}.{kind}"
+            assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+
+
+def test_several_runs_share_their_curves_and_have_the_rest_for_themselves(runs, tmp_path):
+    ended = drawn(runs / "jax", runs / "torch", "--out", tmp_path / "out", "--format", "png")
+    assert ended.status == 0, ended.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "jax", "torch"]
+    assert (tmp_path / "out" / "torch" / "mistakes.png").exists()
+    found = [[of["test_accuracy"] for of in metrics.read(runs / name).epochs] for name in ("jax", "torch")]
+    most = max(abs(one - other) for one, other in zip(*found, strict=True))
+    assert f"test accuracies part by {most:.4f} at most" in ended.out
+
+
+def test_a_binary_table_without_a_test_split_is_asked_about_what_it_was_trained_on(runs, tmp_path):
+    ended = drawn(runs / "binary", "--out", tmp_path)
+    assert ended.status == 0, ended.err
+    assert "its network is asked about the training split" in ended.out
+    assert "its examples are no images, so there are no grids of them" in ended.out
+    assert "malignant" in ended.out
+    assert not (tmp_path / "mistakes.png").exists()
+    assert drawn(runs / "binary", "--split", "test", "--out", tmp_path).status == 2
+
+
+def test_an_unfinished_run_has_its_curves_and_a_line_says_what_is_left_out(run):
+    (run / WEIGHTS).unlink()
+    (run / "summary.json").unlink()
+    with (run / METRICS).open("a") as file:
+        file.write('{"event": "progress", "epo')
+    ended = drawn(run)
+    assert ended.status == 0
+    assert f"{run} has no weights.safetensors (it is unfinished): its curves are all there is to draw" in ended.out
+    assert "the last line of its metrics.jsonl was cut short, and is left out" in ended.out
+    assert {path.stem for path in (run / "plots").iterdir()} == {"curves"}
+
+
+def line(run: Path, text: str) -> None:
+    (run / METRICS).write_text(text + "\n")
+
+
+DAMAGES = {
+    "no metrics": (lambda run: (run / METRICS).unlink(), "has no metrics.jsonl, where its figures would be"),
+    "nothing recorded": (lambda run: (run / METRICS).write_text(""), "has recorded nothing yet"),
+    "cut in its first line": (lambda run: (run / METRICS).write_text('{"ev'), "has recorded nothing yet"),
+    "no JSON": (lambda run: line(run, "{]"), "metrics.jsonl, line 1: that is no JSON"),
+    "no table": (lambda run: line(run, "[1]"), "line 1: that is no event of this version"),
+    "another event": (lambda run: line(run, '{"event": "dream"}'), "line 1: that is no event of this version"),
+    "a field less": (lambda run: line(run, '{"event": "epoch", "epoch": 1}'), "line 1: the event has no train_loss"),
+    "a word for a number": (
+        lambda run: line(run, json.dumps({"event": "epoch", **epoch(1, 1.0), "test_loss": "low"})),
+        "line 1: the event says test_loss 'low', which is no number",
+    ),
+    "no config": (lambda run: (run / "config.json").unlink(), "is no run directory: it has no config.json"),
+    "a config of another version": (
+        lambda run: (run / "config.json").write_text('{"recipe": {"name": "x", "unheard": 1}}'),
+        "config.json",
+    ),
+    "damaged weights": (lambda run: (run / WEIGHTS).write_bytes(b"0" * 99), "is damaged: its sha256 is"),
+    "no directory": (shutil.rmtree, "does not exist; name a run's directory"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_that_cannot_be_drawn_is_refused_with_a_line(damage, run):
+    change, said = DAMAGES[damage]
+    change(run)
+    ended = drawn(run)
+    assert ended.status == 2
+    assert ended.err.startswith("error: ")
+    assert said in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "no run is named"), (["RUN", "--format", "gif"], "gif"), (["RUN", "--out", "FILE/x"], "cannot be written")],
+)
+def test_flags_that_cannot_be_followed_are_refused(arguments, said, run, tmp_path):
+    (tmp_path / "file").write_text("")
+    places = {"RUN": str(run), "FILE/x": str(tmp_path / "file" / "x")}
+    ended = drawn(*(places.get(argument, argument) for argument in arguments))
+    assert ended.status == 2
+    assert said in ended.err
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(style, "write_atomic", full)
+    with pytest.raises(command.UserError, match=r"curves.png cannot be written \(No space left on device\)"):
+        style.save(style.figure(2, 2), tmp_path, "curves")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_that_shows_no_pictures_is_refused_with_the_file_that_is_there(run):
+    ended = drawn(run, "--show", "--format", "png")
+    assert ended.status == 2
+    assert "--show: this is no terminal that shows pictures" in ended.err
+    assert (run / "plots" / "curves.png").exists()
+
+
+def test_what_a_terminal_is_sent_holds_the_file():
+    import base64
+    import re
+
+    png = bytes(range(256)) * 40
+    pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", terminal.encoded(png, "kitty"))
+    assert base64.b64decode("".join(piece for _, piece in pieces)) == png
+    assert [control for control, _ in pieces] == ["a=T,f=100,m=1", *["m=1"] * (len(pieces) - 2), "m=0"]
+    assert all(len(piece) <= terminal.CHUNK for _, piece in pieces)
+    (whole,) = re.findall(r"\x1b\]1337;File=inline=1;size=10240:(.*)\a", terminal.encoded(png, "iterm"))
+    assert base64.b64decode(whole) == png
+
+
+def test_a_run_that_is_replaced_loses_its_pictures(run, trainer_command):
+    assert drawn(run).status == 0
+    ended = trainer_command("--recipe", "digits", "--epochs", "1", "--quiet", "--overwrite", "--out", run)
+    assert ended.status == 0, ended.err
+    assert not (run / "plots").exists()
