@@ -31,7 +31,7 @@ PART_SECONDS = 30.0  # that process 0 gives the others to hear why it leaves
 LAST_SECONDS = 0.5  # from then on, for them to leave before the store does
 KEPT = 16  # commands that stay to be read: the others are two behind at most
 OF_THE_CONNECTION = "[Gg]loo|NCCL|UNAVAILABLE|CANCELLED|ABORTED|[Cc]onnection|[Cc]oordination"  # in JAX's errors
-AGAIN = "start all of them again with the same command, and the run goes on from its last checkpoint"
+AGAIN = "start all of them again with the same command, and the run goes on from its last checkpoint, if it has one yet"
 
 
 class Left(UserError):  # noqa: N818 - it is another process that went wrong
@@ -289,7 +289,7 @@ def _not_met(coordinator: str | None, process_id: int | None, connect: int) -> s
             f"--coordinator {coordinator} was not reached within {connect} s ({error.strerror or error}); see that its "
             f"address is {here}, or give --connect-timeout more"
         )
-    return f"process 0 is there, and not all of the others came within {connect} s; {more}"
+    return f"{coordinator} is reached, but not all processes of the run came within {connect} s; {more}"
 
 
 def _silence_gloo() -> None:

@@ -290,7 +290,10 @@ def _check(there: Sequence[Sequence[jax.Device]], devices: int | None, parallel:
         if devices and devices > len(own):
             names = f"{len(own)} {own[0].platform} device{'s' * (len(own) > 1)}"
             where = f"process {process} has" if len(there) > 1 else "there are"
-            raise UserError(f"--devices {devices} is more than {where}: {names}; use {len(own)} or less")
+            raise UserError(
+                f"--devices {devices} is more than {where}: {names}; use {len(own)} or less"
+                + ", the same in every process" * (len(there) > 1)
+            )
 
 
 def put(array: ArrayLike, device: Layout) -> jax.Array:

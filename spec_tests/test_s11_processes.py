@@ -255,7 +255,10 @@ def test_what_process_0_refuses_is_said_by_all(tmp_path):
     [
         (["--recipe", "mlp128", "--data-dir", "nowhere"], "nowhere"),
         (["--devices", "0"], "--devices 0 are none; use 1 at least"),
-        (["--devices", "2"], "--devices 2 is more than process 0 has: 1 cpu device; use 1 or less"),
+        (
+            ["--devices", "2"],
+            "--devices 2 is more than process 0 has: 1 cpu device; use 1 or less, the same in every process",
+        ),
     ],
 )
 def test_what_another_process_refuses_is_said_by_all(own, said, tmp_path):
@@ -269,7 +272,7 @@ def test_what_another_process_refuses_is_said_by_all(own, said, tmp_path):
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (0, "process 0 is there, and not all of the others came within 4 s"),
+        (0, "is reached, but not all processes of the run came within 4 s"),
         (
             1,
             "was not reached within 4 s (Connection refused); see that its address is right and open, and that",
