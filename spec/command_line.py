@@ -39,6 +39,8 @@ class Flags:
     """show the recipes, and stop"""
     print_config: bool = False
     """print the resolved recipe as TOML, and stop"""
+    summary: bool = False
+    """print the network layer by layer, in JAX and in torch: shapes, parameters, FLOPs; and stop"""
     out: Path | None = None
     """the run directory; runs/RECIPE-DATE-TIME unless given"""
     overwrite: bool = False
