@@ -157,9 +157,9 @@ def test_the_command_prints_a_row_a_layer_and_trains_nothing(framework, trainer_
     ended = trainer_command("--recipe", "mlp128", "--summary", framework=framework)
     assert (ended.status, ended.err) == (0, "")
     rows = [line.split() for line in ended.out.splitlines() if line.startswith("linear1")]
-    assert rows[0] == ["linear1", "linear", "[128]", "[128]", "100,480", "200,704"]
+    assert rows[0] == ["linear1", "linear", "[128]", "[128]", "100,352", "200,704"]
     assert rows[1] == ["linear1", "kernel", "[784,", "128]", "weight", "[128,", "784]", "100,352"]
-    assert "101,770 parameters" in ended.out
+    assert "101,632 parameters" in ended.out
     assert list(tmp_path.iterdir()) == []
 
 

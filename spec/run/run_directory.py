@@ -21,10 +21,10 @@ from spec.run.lock import HOLDER, LOCK, RunLock
 from spec.weights import to_safetensors
 
 CONFIG, METRICS, SUMMARY, WEIGHTS = "config.json", checkpoints.METRICS, "summary.json", "weights.safetensors"
-BATCH = "nonfinite.safetensors"
+BATCH, TENSORBOARD = "nonfinite.safetensors", "tensorboard"
 OUTCOME = (SUMMARY, WEIGHTS)  # of a finished run alone
 ASIDE = ".checkpoints.old"  # those of a run that is being replaced
-CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, checkpoints.FOLDER)
+CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, TENSORBOARD, checkpoints.FOLDER)
 
 
 def check_usable(path: Path, *, overwrite: bool, several: bool = False) -> None:
@@ -149,7 +149,8 @@ class RunDirectory:
             shutil.rmtree(aside, ignore_errors=True)
             if (self.path / checkpoints.FOLDER).exists():
                 (self.path / checkpoints.FOLDER).rename(aside)
-            for name in (checkpoints.FOLDER, BATCH, METRICS, CONFIG, WEIGHTS, SUMMARY):
+            shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
+            for name in (checkpoints.FOLDER, TENSORBOARD, BATCH, METRICS, CONFIG, WEIGHTS, SUMMARY):
                 new = self.folder / name
                 if new.exists():
                     new.replace(self.path / name)
@@ -164,6 +165,7 @@ class RunDirectory:
         with self.explained():
             for name in OUTCOME:
                 (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
         self.write_json(CONFIG, config)  # first, for it tells a run from any other directory
         with self.explained():
             write_atomic(self.folder / METRICS, metrics)
