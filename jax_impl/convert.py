@@ -18,16 +18,8 @@ import optax
 from jax.typing import DTypeLike
 
 from jax_impl.parallel import Layout, put
+from spec.layers import FLAX_NAMES
 from spec.params import Leaf
-
-_ATTRIBUTES = {
-    "weight": "kernel",
-    "bias": "bias",
-    "scale": "scale",
-    "shift": "bias",
-    "running_mean": "mean",
-    "running_var": "var",
-}
 
 _BUFFERS = {"trace": "momentum_buffer", "mu": "exp_avg", "nu": "exp_avg_sq"}  # optax's names, torch's names
 
@@ -41,7 +33,7 @@ def from_canonical(
     for leaf in leaves:
         array = np.array(_to_flax(state[leaf.name], leaf), dtype=dtype, order="C", copy=True)
         tree = params if leaf.trained else batch_stats
-        tree.setdefault(leaf.name.split(".")[0], {})[_ATTRIBUTES[leaf.role]] = put(array, device)
+        tree.setdefault(leaf.name.split(".")[0], {})[FLAX_NAMES[leaf.role]] = put(array, device)
     return params, batch_stats
 
 
@@ -50,7 +42,7 @@ def to_canonical(params: Mapping, batch_stats: Mapping, leaves: Sequence[Leaf]) 
     state = {}
     for leaf in leaves:
         tree = params if leaf.trained else batch_stats
-        array = np.asarray(tree[leaf.name.split(".")[0]][_ATTRIBUTES[leaf.role]])
+        array = np.asarray(tree[leaf.name.split(".")[0]][FLAX_NAMES[leaf.role]])
         state[leaf.name] = np.array(_from_flax(array, leaf), order="C", copy=True)
     return state
 

@@ -47,8 +47,10 @@ CHECKPOINTS = (
     "on_nonfinite",
     "dump_nonfinite",
 )
-OF_ONE_RUN = dict.fromkeys(CHECKPOINTS, "make no checkpoints") | dict.fromkeys(
-    ("parallel", "devices", "uneven"), "train on one device"
+OF_ONE_RUN = (
+    dict.fromkeys(CHECKPOINTS, "make no checkpoints")
+    | dict.fromkeys(("parallel", "devices", "uneven"), "train on one device")
+    | {"tensorboard": "write no event files"}
 )
 
 

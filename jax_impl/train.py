@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spec import command_line, processes, sweep
+from spec import command_line, processes, summary, sweep
 from spec.sweep import ManyFlags
 
 
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command_line.print_recipes()
     elif flags.print_config:
         command_line.print_recipe(flags.config)
+    elif flags.summary:
+        summary.show(flags)
     else:
         # XLA calls two tuning preferences of its own compiler missing processor features whenever it loads a kept
         # program, in an error a kernel (https://github.com/jax-ml/jax/issues/38445); what is serious is raised.

@@ -39,6 +39,8 @@ class Flags:
     """show the recipes, and stop"""
     print_config: bool = False
     """print the resolved recipe as TOML, and stop"""
+    summary: bool = False
+    """print the network layer by layer, in JAX and in torch: shapes, parameters, FLOPs; and stop"""
     out: Path | None = None
     """the run directory; runs/RECIPE-DATE-TIME unless given"""
     overwrite: bool = False
@@ -55,6 +57,8 @@ class Flags:
     """what becomes of a step that makes a number nan or infinite"""
     dump_nonfinite: bool = False
     """write the batch of the step that a run stopped at, and the state before it, to nonfinite.safetensors"""
+    tensorboard: bool = False
+    """write the curves, the recipe and the first images for TensorBoard too, in the run's tensorboard/"""
     data_dir: Path | None = None
     """a directory that holds the idx files"""
     data_source: DataSource = "idx"
@@ -70,7 +74,13 @@ class Flags:
         return {"platform": self.platform}
 
 
-LASTING = ("checkpoint_every", "keep_checkpoints", "on_nonfinite", "data_source")  # flags that a run keeps
+LASTING = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "on_nonfinite",
+    "data_source",
+    "tensorboard",
+)  # flags that a run keeps
 F = TypeVar("F", bound=Flags)
 T = TypeVar("T")
 
@@ -113,7 +123,12 @@ def _flags_of(given: argparse.Namespace) -> list[str]:
         flags = json.loads((run / CONFIG).read_text("utf-8"))["flags"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [word for name in LASTING if name in flags for word in (f"--{name.replace('_', '-')}", str(flags[name]))]
+    return [word for name in LASTING if name in flags for word in _words(f"--{name.replace('_', '-')}", flags[name])]
+
+
+def _words(option: str, value: Any) -> list[str]:
+    """Return an option with its value, as one would give it: what is true alone, what is false not at all."""
+    return [option] * value if isinstance(value, bool) else [option, str(value)]
 
 
 def parsed(kind: type[T], arguments: Sequence[str], *, options: Sequence[str] = (), **about: Any) -> T:

@@ -123,8 +123,9 @@ def check_given(arguments: Sequence[str], flags: ManyFlags) -> None:
         )
     if given and not flags.sweep:
         raise UserError("--sweep names no field; learning_rate=0.1,0.01, say")
-    if flags.print_config and (flags.sweep or flags.seeds is not None):
-        raise UserError("--print-config prints one recipe, and --seeds and --sweep are for many runs; leave one out")
+    if (flags.print_config or flags.summary) and (flags.sweep or flags.seeds is not None):
+        prints = "--print-config prints one recipe" if flags.print_config else "--summary prints one network"
+        raise UserError(f"{prints}, and --seeds and --sweep are for many runs; leave one out")
     unchanged = recipes.load(flags.recipe)
     for path in map(_path, _axes(flags.sweep)):
         value = _at(flags.config, path)

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Sequence
 
-from spec import command_line
+from spec import command_line, summary
 from spec.errors import require
 
 
@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command_line.print_recipes()
     elif flags.print_config:
         command_line.print_recipe(flags.config)
+    elif flags.summary:
+        summary.show(flags)
     else:
         require("torch", extra="torch")
         from spec.run.program import run

@@ -11,7 +11,7 @@ from typing import Any
 
 from spec import params
 from spec.command_line import Flags
-from spec.errors import UserError
+from spec.errors import UserError, require
 from spec.recipe import Recipe, to_mapping
 from spec.run import resume
 from spec.run.display import Display
@@ -89,6 +89,8 @@ def _notes(start: Start, made_by: Mapping) -> Iterator[str]:
 def check(flags: Flags) -> None:
     """Raise UserError for flags that cannot be followed."""
     parse_interval(flags.checkpoint_every)
+    if flags.tensorboard:
+        require("tensorboardX", extra="tensorboard")
     if flags.dump_nonfinite and flags.on_nonfinite != "stop":
         raise UserError(
             f"--dump-nonfinite is for the step that a run stops at; leave out it or --on-nonfinite {flags.on_nonfinite}"
@@ -112,7 +114,7 @@ def origin(implementation: Implementation, device: Any) -> dict:
 
 def _given(flags: Flags) -> dict:
     """Return the flags that are not recipe fields, paths as text."""
-    names = ("recipe", "resume", "checkpoint_every", "keep_checkpoints", "on_nonfinite")
+    names = ("recipe", "resume", "checkpoint_every", "keep_checkpoints", "on_nonfinite", "tensorboard")
     names += ("data_dir", "data_source", "platform", "quiet")
     values = {name: getattr(flags, name) for name in names}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from spec.batches import Counts
+from spec.datasets import Dataset
 from spec.errors import UserError
 from spec.recipe import Recipe
 from spec.run import faults
 from spec.run.display import Display
 from spec.run.history import EpochDone, Event, History
-from spec.run.run_directory import RunDirectory
+from spec.run.run_directory import TENSORBOARD, RunDirectory
+from spec.run.tensorboard import TensorBoard
 
 
 class DivergedError(UserError):
@@ -34,12 +36,31 @@ class Recorder:
         self.epochs: list[Mapping] = []
         self.history = History(counts=counts, metrics=recipe.metrics)
         self._diverging = diverging
+        self.board: TensorBoard | None = None
 
     def go_on(self, history: Mapping, metrics: bytes) -> None:
         """Go on from the history and the lines of an earlier part of the run."""
         self.history.take_over(history)
         lines = [json.loads(line) for line in metrics.splitlines()]
         self.epochs = [{name: of[name] for name in of if name != "event"} for of in lines if of["event"] == "epoch"]
+
+    def open_board(self, dataset: Dataset) -> None:
+        """Write the run for TensorBoard too, from its first line on."""
+        with self.directory.explained():
+            folder = self.directory.folder / TENSORBOARD
+            self.board = TensorBoard(folder, self.recipe, dataset, self.directory.metrics())
+
+    def finish(self) -> None:
+        """Say where it is shown that the run is finished."""
+        if self.board:
+            with self.directory.explained():
+                self.board.finish()
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self.board:
+            with self.directory.explained():
+                self.board.close()
 
     def take(self, event: Event) -> None:
         """Record one event. Raises DivergedError when a number in it is not finite, naming the epoch, and recording
@@ -49,12 +70,18 @@ class Recorder:
         if isinstance(event, EpochDone):
             figures = self.history.epoch(event)
             self.epochs.append(figures)
-            self.directory.append_metrics("epoch", figures)
+            self._write("epoch", figures)
             self.display.epoch(figures)
             return
         for figures in self.history.progress(event):
-            self.directory.append_metrics("progress", figures)
+            self._write("progress", figures)
             self.display.progress(figures)
+
+    def _write(self, event: str, figures: Mapping) -> None:
+        self.directory.append_metrics(event, figures)
+        if self.board:
+            with self.directory.explained():
+                self.board.add(event, figures)
 
     def summary(self, seconds: float, compile_seconds: float) -> dict:
         """Return the summary of a finished run: counts, times, and the last epoch's figures."""

@@ -21,11 +21,12 @@ from spec.run.lock import HOLDER, LOCK, RunLock
 from spec.weights import to_safetensors
 
 CONFIG, METRICS, SUMMARY, WEIGHTS = "config.json", checkpoints.METRICS, "summary.json", "weights.safetensors"
-BATCH = "nonfinite.safetensors"
+BATCH, TENSORBOARD = "nonfinite.safetensors", "tensorboard"
 OUTCOME = (SUMMARY, WEIGHTS)  # of a finished run alone
 ASIDE = ".checkpoints.old"  # those of a run that is being replaced
-PLOTS = "plots"  # made of a run, and gone with it when it is replaced
-CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, checkpoints.FOLDER, PLOTS)
+PLOTS = "plots"
+MADE = (PLOTS, TENSORBOARD)  # folders made of the rest, and gone with it when a run is replaced
+CONTENT = (CONFIG, METRICS, *OUTCOME, BATCH, checkpoints.FOLDER, *MADE)
 
 
 def check_usable(path: Path, *, overwrite: bool, several: bool = False) -> None:
@@ -148,10 +149,11 @@ class RunDirectory:
             for name in OUTCOME:
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.rmtree(self.path / PLOTS, ignore_errors=True)
+            for name in MADE:
+                shutil.rmtree(self.path / name, ignore_errors=True)
             if (self.path / checkpoints.FOLDER).exists():
                 (self.path / checkpoints.FOLDER).rename(aside)
-            for name in (checkpoints.FOLDER, BATCH, METRICS, CONFIG, WEIGHTS, SUMMARY):
+            for name in (checkpoints.FOLDER, TENSORBOARD, BATCH, METRICS, CONFIG, WEIGHTS, SUMMARY):
                 new = self.folder / name
                 if new.exists():
                     new.replace(self.path / name)
@@ -166,6 +168,7 @@ class RunDirectory:
         with self.explained():
             for name in OUTCOME:
                 (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
         self.write_json(CONFIG, config)  # first, for it tells a run from any other directory
         with self.explained():
             write_atomic(self.folder / METRICS, metrics)

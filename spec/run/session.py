@@ -74,6 +74,8 @@ class Session:
         self.good, self.sound = self.history.position, self.trainer.snapshot()
         checkpoints.clean(folder, upto=found.step if found else 0)
         self.directory.begin(self.config, found.metrics() if found else b"")
+        if self.flags.tensorboard:
+            self.recorder.open_board(self.dataset)
 
     def _check_fits(self, found: Checkpoint) -> None:
         if found.manifest["data_sha256"] != self.data_sha256:
@@ -93,7 +95,7 @@ class Session:
 
     def train(self) -> dict:
         """Train to the end; write metrics, checkpoints and weights, and return the summary."""
-        with signals.deferred() as request, contextlib.closing(self.saver):
+        with signals.deferred() as request, contextlib.closing(self.saver), contextlib.closing(self.recorder):
             self.request = request
             pace = Pace(
                 rests=lambda position: self.saver.due(position, self.trainer.counts.steps_per_epoch),
@@ -111,6 +113,7 @@ class Session:
             sha256 = self.directory.write_weights(state) if self.finite else None
             if sha256 is None:
                 self.display.warning("no weights are written: the last state is not finite")
+            self.recorder.finish()
         seconds = sum(figures["seconds"] for figures in self.recorder.epochs)
         return self.recorder.summary(seconds, self.trainer.compile_seconds) | {"weights_sha256": sha256}
 
