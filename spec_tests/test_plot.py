@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jax_impl import plot
+from jax_impl import evaluate, plot
 from spec import params, recipe
 from spec.plots import command, confusion, filters, predictions, style, terminal
 from spec.plots.curves import Curve, learning_curves
@@ -176,8 +176,8 @@ def test_right_and_wrong_differ_in_lightness_and_not_by_red_against_green():
 
 
 def test_the_matrix_is_by_rows_and_a_class_without_examples_is_left_white():
-    matrix = confusion.counts(np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 0]), 3)
-    assert matrix.tolist() == [[3, 1, 0], [1, 0, 0], [0, 0, 0]]
+    matrix = confusion.counts(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 1, 0, 0]), 3)
+    assert matrix.tolist() == [[3, 1, 0], [2, 0, 0], [0, 0, 0]]
     axes = confusion.confusion(matrix, NAMES).axes[0]
     assert [text.get_text() for text in axes.texts] == ["75.0", "25.0", "", "100.0", "", "", "", "", ""]
     assert np.isnan(axes.images[0].get_array().filled(np.nan)[2]).all()
@@ -287,9 +287,7 @@ def test_runs_whose_folders_have_one_name_do_not_overwrite_each_others_pictures(
 
 
 def words(svg: Path) -> str:
-    return " ".join(
-        " ".join(text.itertext()) for text in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")
-    )
+    return " ".join(" ".join(text.itertext()) for text in ElementTree.parse(svg).iterfind(".//{*}text"))
 
 
 def test_every_picture_says_who_trained_the_run_and_the_figures_of_which_split_they_are(runs, tmp_path):
@@ -307,7 +305,9 @@ def test_a_binary_table_without_a_test_split_is_asked_about_what_it_was_trained_
     assert ended.status == 0, ended.err
     assert "its network is asked about the training split" in ended.out
     assert "its examples are no images, so there are no grids of them" in ended.out
-    assert "malignant" in ended.out
+    right = sum(int(line.split()[2]) for line in ended.out.splitlines() if line.startswith(("malignant", "benign")))
+    assert call(evaluate.main, runs / "binary", "--split", "train", "--json", tmp_path / "figures.json").status == 0
+    assert right / 569 == json.loads((tmp_path / "figures.json").read_text())["accuracy"]
     assert not (tmp_path / "mistakes.png").exists()
     assert drawn(runs / "binary", "--split", "test", "--out", tmp_path).status == 2
 

@@ -63,7 +63,7 @@ def _images(shown: np.ndarray, title: str) -> Figure:
     axes = picture.subplots()
     axes.set_axis_off()
     drawn = axes.imshow(whole, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest")
-    picture.colorbar(drawn, ax=axes, shrink=0.6, label="weight")
+    picture.colorbar(drawn, ax=axes, label="weight")
     some = f" (the first {SHOWN} of {len(shown)} units)" if len(shown) > SHOWN else ""
     titled(picture, title + some)
     return picture
