@@ -1,0 +1,1 @@
+"""Pictures: matplotlib figures of runs and of the lessons' facts."""
