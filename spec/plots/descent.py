@@ -65,16 +65,22 @@ def contours(axes: Axes) -> None:
     axes.set(xlim=SIDE, ylim=SIDE, xlabel="w1", ylabel="w2", aspect="equal")
 
 
+def until_it_leaves(path: np.ndarray) -> np.ndarray:
+    """Return `path` [n, 2] up to its first point outside of what is drawn, that one included."""
+    outside = np.any((path < SIDE[0]) | (path > SIDE[1]), axis=1)
+    return path[: outside.argmax() + 1] if outside.any() else path
+
+
 def paths_picture(rows: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Return paths [steps + 1, 2] over the contours, a panel each, under their titles; `rows` maps a row's name to its
-    paths. A path that leaves the picture is cut at its edge."""
+    paths. A path ends where it leaves the picture."""
     columns = max(len(row) for row in rows.values())
     figure = panels(columns, len(rows))
     all_axes = figure.subplots(len(rows), columns, squeeze=False)
     for index, (name, row) in enumerate(rows.items()):
         for axes, (title, path) in zip(all_axes[index], row.items(), strict=True):
             contours(axes)
-            axes.plot(*path.T, **line(index, linewidth=1.2, markersize=3.5))
+            axes.plot(*until_it_leaves(path).T, **line(index, linewidth=1.2, markersize=3.5))
             axes.plot(*path[0], marker="*", markersize=13, color="black", linestyle="none")
             axes.set_title(f"{name}: {title}", fontsize=10)
     return figure
@@ -89,7 +95,7 @@ def losses_picture(rows: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         for index, (title, path) in enumerate(row.items()):
             heights = np.maximum(surface(path), 1e-30)
             axes.plot(heights, **line(index, label=title.split(",")[0], markevery=max(1, len(path) // 8)))
-        axes.set(title=name, xlabel="step", yscale="log", ylim=(1e-16, 1e6))
+        axes.set(title=name, xlabel="step", yscale="log", ylim=(1e-6, 1e6))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("loss")
@@ -103,7 +109,7 @@ def noise_picture(
     figure = panels(2)
     noise, cost = figure.subplots(1, 2)
     noise.plot(batch_sizes, measured, **line(0, label="measured", linestyle="none", markersize=8))
-    noise.plot(batch_sizes, expected, **line(1, label="one example's / sqrt(batch)", marker=""))
+    noise.plot(batch_sizes, expected, **line(1, label="expected", marker=""))
     noise.set(ylabel="standard deviation of the gradient", title="noise")
     cost.plot(batch_sizes, np.asarray(seconds) * 1e3, **line(0, label="a step"))
     proportional = seconds[-1] * np.asarray(batch_sizes) / batch_sizes[-1]
