@@ -59,5 +59,5 @@ def vanishing_picture(measured: Mapping[str, np.ndarray]) -> Figure:
 def _function_and_derivative(axes: Axes, x: np.ndarray, value: np.ndarray, derivative: np.ndarray) -> None:
     axes.plot(x, value, **line(0, label="function", marker=""))
     axes.plot(x, derivative, **line(1, label="derivative", marker=""))
-    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.grid(alpha=0.3)

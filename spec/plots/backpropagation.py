@@ -35,5 +35,6 @@ def entries_picture(witness: np.ndarray, gradients: Mapping[str, np.ndarray]) ->
         axes.plot(ends, ends, color="0.6", linewidth=1)
         axes.plot(witness.ravel(), grads.ravel(), **line(index, linestyle="none", markersize=3, alpha=0.6))
         axes.set(title=name, xlabel="by numerical differentiation", ylabel="as derived")
+        axes.locator_params(nbins=5)
         axes.grid(alpha=0.3)
     return figure
