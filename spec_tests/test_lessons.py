@@ -68,9 +68,9 @@ GRADS = np.array([[1.0], [2.0], [4.0]])
 
 
 def test_the_textbook_averages_from_zero_and_torch_adds_from_the_first_gradient():
-    assert descent.averaged(GRADS, momentum=0.5).ravel().tolist() == [0.5, 1.25, 2.625]
-    assert descent.buffers(GRADS, momentum=0.5).ravel().tolist() == [1, 2.5, 5.25]
-    assert descent.buffers(GRADS, momentum=0.5, dampening=0.5).ravel().tolist() == [1, 1.5, 2.75]
+    assert descent.averaged(GRADS, momentum=0.25).ravel().tolist() == [0.75, 1.6875, 3.421875]
+    assert descent.buffers(GRADS, momentum=0.25).ravel().tolist() == [1, 2.25, 4.5625]
+    assert descent.buffers(GRADS, momentum=0.25, dampening=0.5).ravel().tolist() == [1, 1.25, 2.3125]
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
@@ -115,6 +115,12 @@ def test_a_batchs_gradient_is_as_far_off_as_statistics_say(batch_size):
 def test_a_batch_of_everything_is_not_off():
     assert minibatches.squared_distances(*tiny(), batch_size=60, draws=2, seed=0).max() <= ORACLE_SUM
     assert minibatches.expected_deviation(3.0, 60, 60) == 0
+
+
+def test_the_mean_of_two_of_three_values_is_off_as_the_third_is():
+    deviation = np.std([0.0, 0.0, 3.0])
+    means = [0.0, 1.5, 1.5]  # of the three pairs
+    assert minibatches.expected_deviation(deviation, 2, 3) == pytest.approx(np.std(means), rel=ORACLE_FORMULA)
 
 
 # Backpropagation
