@@ -34,6 +34,10 @@ if "google.colab" in sys.modules:
 
 # %%
 # %matplotlib inline
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log is long, and of no use here
+
 import jax
 
 from spec import quick
@@ -95,14 +99,14 @@ for line in map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines()):
 # %% [markdown]
 # ## 3. The runtime was disconnected: go on
 #
-# Colab may take the machine away. If the directory survived (in your Drive, say), the same command goes on from the last
+# Colab may take the machine away. If the directory survived (in your Drive, say), this goes on from the last
 # checkpoint; a run that was finished says so and is left alone.
 
 # %%
 train.main(["--resume", str(RUN), *PLACES])
 
 # %% [markdown]
-# It can also be given more epochs. They follow on the same weights, the same optimiser and the next epoch's order, as if
+# It can also be given more epochs. They follow on the same weights, the same optimiser and the next order, as if
 # they had been asked for from the start.
 
 # %%

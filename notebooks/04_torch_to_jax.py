@@ -15,9 +15,10 @@
 #
 # [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/lockstep/blob/main/notebooks/04_torch_to_jax.ipynb)
 #
-# **中文摘要**:本笔记写给学过 PyTorch 课程、想转到 JAX 的读者。先把数据、模型、损失、优化器、训练循环、评估与保存逐项左右对照,
-# 代码直接取自正在运行的程序。然后用相同的初始权重和相同的批次,同时训练两边,逐步打印权重的最大差,证明二者同步。
-# 最后逐个演示容易踩的坑,例如忘记调用 `optimizer.step()`、梯度累加、softmax 用了两次、通道顺序与 BatchNorm 的动量。
+# **中文摘要**:本笔记写给学过 PyTorch 课程、想转到 JAX 的读者。先把数据、模型、损失、优化器、
+# 训练循环、评估与保存逐项左右对照,代码直接取自正在运行的程序。然后用相同的初始权重和相同的批次,
+# 同时训练两边,逐步打印权重的最大差,证明二者同步。最后逐个演示容易踩的坑,
+# 例如忘记调用 `optimizer.step()`、梯度累加、softmax 用了两次、通道顺序与 BatchNorm 的动量。
 #
 # You know the lesson's PyTorch program. Here it stands beside the same run in JAX, part by part; then both are trained
 # from the same weights on the same batches, and we measure how far apart they get; then come the traps, each in a cell
@@ -34,6 +35,10 @@ if "google.colab" in sys.modules:
 
 # %%
 # %matplotlib inline
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own log is long, and of no use here
+
 import jax
 
 from spec import quick
@@ -442,14 +447,9 @@ print("torch:                    ", x.grad.item())
 from jax_impl import train
 from spec.errors import UserError
 
+layers = ["--model.hidden-sizes", *["64"] * 6, "--model.activations", *["relu"] * 6]
 try:
-    train.main(
-        [
-            *"--recipe digits --model.hidden-sizes 64 64 64 64 64 64 --model.activations".split(),
-            *["relu"] * 6,
-            *"--learning-rate 1e6 --epochs 2 --out runs/diverges --quiet".split(),
-        ]
-    )
+    train.main(["--recipe", "digits", *layers, "--learning-rate", "1e6", "--out", "runs/diverges", "--quiet"])
 except UserError as error:
     print(error)
 

@@ -1,4 +1,4 @@
-"""A claim, measured here and now: its runs trained several seeds at once (`jax_impl.many`), and its row of the table."""
+"""A claim, measured here and now: its runs, several seeds at once (`jax_impl.many`), and its row of the table."""
 
 from __future__ import annotations
 
