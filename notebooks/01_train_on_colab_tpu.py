@@ -72,7 +72,7 @@ from jax_impl import train
 
 EPOCHS = sized(full=5, quick=1)
 # In quick mode a CNN of a few channels, in large batches.
-SMALLER = sized(full="", quick="--model.channels 4 4 --model.hidden-sizes 16 --batch-size 1024 --learning-rate 0.1")
+SMALLER = sized(full="", quick="--model.channels 4 --model.hidden-sizes 16 --batch-size 1024 --learning-rate 0.1")
 # To keep the run when Colab ends the machine, put it into your Google Drive instead of this machine's disk:
 #   from google.colab import drive
 #   drive.mount("/content/drive")

@@ -167,7 +167,7 @@ display(Markdown(Path("runs/widths/table.md").read_text()), Image("runs/widths/c
 # **Depth.** Each hidden layer has its activation, so depth changes two fields at once: a run of seeds each.
 
 # %%
-for depth in sized(full=(1, 2, 3), quick=(1, 2)):
+for depth in sized(full=(1, 2, 3), quick=(2,)):
     layers = ["--model.hidden-sizes", *["64"] * depth, "--model.activations", *["relu"] * depth]
     train.main([*BASE, *layers, "--out", f"runs/depth-{depth}"])
 
@@ -175,7 +175,15 @@ for depth in sized(full=(1, 2, 3), quick=(1, 2)):
 # **Weight decay**: every step also takes a share of each weight away.
 
 # %%
-train.main([*BASE, "--sweep", "weight_decay=0,0.0001,0.001,0.01", "--out", "runs/decay"])
+train.main(
+    [
+        *BASE,
+        "--sweep",
+        sized(full="weight_decay=0,0.0001,0.001,0.01", quick="weight_decay=0.001,0.01"),
+        "--out",
+        "runs/decay",
+    ]
+)
 display(Markdown(Path("runs/decay/table.md").read_text()), Image("runs/decay/chart.png", width=WIDTH))
 
 # %% [markdown]
