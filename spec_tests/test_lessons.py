@@ -14,7 +14,7 @@ from spec.lessons import activations, backpropagation, descent, minibatches
 from spec.plots import activations as activation_pictures
 from spec.plots import backpropagation as backpropagation_pictures
 from spec.plots import descent as descent_pictures
-from spec.plots import lines
+from spec.plots import style
 from spec_tests.tolerances import CENTRAL_DIFFERENCE, DEVIATIONS, FOUR_DECIMALS, ORACLE_FORMULA, ORACLE_SUM
 
 CURVATURES = (12 - math.sqrt(128), 12 + math.sqrt(128))  # t^2 - 24 t + 16 = 0: trace and determinant of the Hessian
@@ -302,11 +302,11 @@ def test_five_activations_are_drawn_with_their_derivatives():
 
 
 def test_lines_differ_in_colour_dash_and_marker():
-    looks = [lines.line(index) for index in range(5)]
+    looks = [style.line(index) for index in range(5)]
     for what in ("color", "linestyle", "marker"):
         assert len({look[what] for look in looks}) == 5
-    assert lines.line(5) == lines.line(0)
-    assert lines.line(0, marker="")["marker"] == ""
+    assert style.line(5) == style.line(0)
+    assert style.line(0, marker="")["marker"] == ""
 
 
 @pytest.mark.parametrize(

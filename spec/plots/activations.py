@@ -9,7 +9,7 @@ import numpy as np
 
 from spec import oracle
 from spec.lessons.activations import ACTIVATIONS, derivative_products, softmax_jacobian
-from spec.plots.lines import line, panels
+from spec.plots.style import line, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

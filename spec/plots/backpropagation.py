@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spec.plots.lines import line, panels
+from spec.plots.style import line, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

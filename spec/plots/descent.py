@@ -9,7 +9,7 @@ import numpy as np
 
 from spec.errors import require
 from spec.lessons.descent import MINIMUM, surface
-from spec.plots.lines import line, panels
+from spec.plots.style import line, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
