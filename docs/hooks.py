@@ -8,6 +8,7 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -21,13 +22,14 @@ LINKS = {
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
 
+@event_priority(100)  # before what renders notebooks looks for them
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages that lie elsewhere in the repository, their links to one another made those of the site."""
     for source, page in PAGES.items():
         content = (ROOT / source).read_text("utf-8")
         files.append(File.generated(config, page, content=_linked(content)))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+        files.append(File(f"notebooks/{path.name}", str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 

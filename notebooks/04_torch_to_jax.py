@@ -250,7 +250,7 @@ layer = torch.nn.Linear(3, 2)
 before = copy.deepcopy(layer.state_dict())
 optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
 layer(torch.ones(4, 3)).sum().backward()
-optimizer.step  # noqa: B018
+optimizer.step
 print("step without the call moves", (layer.weight - before["weight"]).abs().max().item())
 optimizer.step()
 print("step() moves", (layer.weight - before["weight"]).abs().max().item())
