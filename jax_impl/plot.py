@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spec.datasets import preprocess
+from spec.inference.prediction import preprocessed
 from spec.plots import command
 from spec.plots.command import Album, Flags
 from spec.run.metrics import Recorded
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(why)
         else:
             _draw(of, album, flags)
+    album.close()
 
 
 def _draw(of: Recorded, album: Album, flags: Flags) -> None:
@@ -40,8 +41,8 @@ def _draw(of: Recorded, album: Album, flags: Flags) -> None:
 
     placement = IMPLEMENTATION.select_device(flags.platform)
     loaded = IMPLEMENTATION.load(of.recipe.data, data_dir=flags.data_dir, data_source=flags.data_source)
-    dataset, state = command.asked(of, loaded, flags.split), command.finished(of, loaded)
-    inputs = preprocess(dataset, of.recipe.preprocessing).test.inputs
+    about, state = command.asked(of, loaded, flags.split), command.finished(of, loaded)
+    inputs = preprocessed(about.examples.inputs, of.recipe, loaded)
     with IMPLEMENTATION.memory_explained():
-        found = logits(of.recipe, inputs, dataset.num_classes, state, placement)
-    command.draw_predictions(album, of, dataset, state, found)
+        found = logits(of.recipe, inputs, loaded.num_classes, state, placement)
+    command.draw_predictions(album, of, about, state, found)

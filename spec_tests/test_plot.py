@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 import json
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from jax_impl import plot
@@ -22,7 +25,7 @@ from spec_tests.commands import call
 from spec_tests.conftest import Ended
 
 NAMES = ("shirt", "coat", "bag")
-PICTURES = ("curves", "confusion", "classes", "first_layer", "predictions", "mistakes")
+PICTURES = ("curves", "confusion", "classes", "network", "first_layer", "predictions", "mistakes")
 
 
 def epoch(number: int, loss: float, *, tested: bool = True) -> dict[str, float | None]:
@@ -93,6 +96,67 @@ def test_several_runs_differ_in_colour_and_in_marker_and_splits_in_dashes():
     ]
 
 
+def drawn_inside(picture: Figure) -> bool:
+    """Say whether all that is drawn of a figure is within its edges."""
+    FigureCanvasAgg(picture).draw()
+    box, (width, height) = picture.get_tightbbox(), picture.get_size_inches()
+    return min(box.x0, box.y0) >= -0.01 and box.x1 <= width + 0.01 and box.y1 <= height + 0.01
+
+
+def test_what_is_outside_a_figure_is_noticed():
+    picture = style.figure(2, 2)
+    picture.text(0.9, 0.5, "too long for this place")
+    assert not drawn_inside(picture)
+
+
+@pytest.mark.parametrize("number", [1, 2, 10, 30])
+def test_the_legend_of_many_runs_with_long_names_is_within_the_figure_and_leaves_the_curves_room(number):
+    name = "mnist-mlp256-logits, torch, seed 0 (experiments/of/the/last/month/at/night/mnist-mlp256-logits-{})"
+    curves = [Curve(label=name.format(index), planned=1, epochs=[epoch(1, 1.0)]) for index in range(number)]
+    picture = learning_curves(curves)
+    assert drawn_inside(picture)
+    assert all(axes.get_window_extent().height > 250 for axes in picture.axes)  # 100 to the inch
+    (legend,) = picture.legends
+    assert len(legend.get_texts()) == (number + 2 if number > 1 else 2)
+
+
+def test_one_epoch_is_on_an_axis_of_whole_numbers():
+    picture = learning_curves([Curve(label="a", planned=1, epochs=[epoch(1, 1.0)])])
+    for axes in picture.axes:
+        lowest, highest = axes.get_xlim()
+        assert [place for place in axes.get_xticks() if lowest <= place <= highest] == [1]
+
+
+@pytest.mark.parametrize("number", [2, 10, 20, 60])
+def test_the_pictures_of_classes_have_room_for_their_titles_and_names(number):
+    names = [f"a class of examples with a long name, number {index}" for index in range(number)]
+    title = "breast-cancer, trained by torch: accuracy 0.9859 on 10,000 training examples"
+    matrix = np.eye(number, dtype=int)
+    matrix[0, -1] = 1
+    for draw in (confusion.confusion, confusion.classes):
+        picture = draw(matrix, names, title=title)
+        assert drawn_inside(picture), draw.__name__
+        assert len(picture.axes[0].get_yticklabels()) <= confusion.MOST_NAMED
+        assert picture.get_suptitle().replace("\n", " ").startswith(title)
+
+
+def test_captions_do_not_lie_over_one_another():
+    chances = np.tile([1.0, 0.0], (20, 1))
+    names = ("a class of a long name", "another, longer one still")
+    picture = predictions.grid(np.zeros((20, 4, 4, 1)), np.ones(20, int), names, chances, title="a title")
+    assert drawn_inside(picture)
+    boxes = [axes.title.get_window_extent() for axes in picture.axes]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes[:10]))
+    frames = [axes.get_window_extent() for axes in picture.axes]
+    assert all(below.y1 < above.y0 for above, below in zip(frames[:10], boxes[10:], strict=True))
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
+    picture = confusion.confusion(np.eye(2, dtype=int), ["$5 to $10", "$\\oops$"])
+    style.save(picture, tmp_path, "classes", ["svg"])
+    assert "$5 to $10 $\\oops$" in words(tmp_path / "classes.svg")
+
+
 def test_no_two_runs_of_49_look_the_same():
     looks = {tuple(style.look(index).values()) for index in range(49)}
     assert len(looks) == 49
@@ -139,7 +203,7 @@ def test_a_grid_marks_what_is_wrong_by_a_cross_a_colour_and_a_thick_frame():
     images = np.arange(2 * 4 * 4).reshape(2, 4, 4, 1)
     chances = np.array([[0.25, 0.75, 0], [0.9, 0.1, 0]])
     right, wrong, *empty = predictions.grid(images, np.array([1, 2]), NAMES, chances).axes
-    assert (right.get_title(), wrong.get_title()) == ("✓ coat\n75.0%", "✗ shirt\n90.0%, is bag")
+    assert (right.get_title(), wrong.get_title()) == ("✓ coat 75.0%", "✗ shirt 90.0%\nis bag")
     assert right.title.get_color() == style.RIGHT
     assert wrong.title.get_color() == style.WRONG
     assert wrong.spines["top"].get_linewidth() > right.spines["top"].get_linewidth()
@@ -209,6 +273,32 @@ def test_several_runs_share_their_curves_and_have_the_rest_for_themselves(runs, 
     assert f"test accuracies part by {most:.4f} at most" in ended.out
 
 
+def test_runs_whose_folders_have_one_name_do_not_overwrite_each_others_pictures(runs, tmp_path):
+    for place, name in (("one", "jax"), ("two", "torch")):
+        shutil.copytree(runs / name, tmp_path / place / "run")
+    given = (tmp_path / "one" / "run", tmp_path / "two" / "run")
+    ended = drawn(*given, "--out", tmp_path / "out", "--format", "svg")
+    assert ended.status == 0, ended.err
+    for folder, framework in (("run", "jax"), ("run-2", "torch")):
+        assert f"trained by {framework}" in words(tmp_path / "out" / folder / "confusion.svg")
+
+
+def words(svg: Path) -> str:
+    return " ".join(
+        " ".join(text.itertext()) for text in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")
+    )
+
+
+def test_every_picture_says_who_trained_the_run_and_the_figures_of_which_split_they_are(runs, tmp_path):
+    for split, said in (("test", "359 test examples"), ("train", "1,438 training examples")):
+        folder = tmp_path / split
+        assert drawn(runs / "torch", "--split", split, "--out", folder, "--format", "svg").status == 0
+        for name in PICTURES[1:]:
+            assert "digits, trained by torch" in words(folder / f"{name}.svg"), name
+        assert said in words(folder / "confusion.svg")
+        assert said in words(folder / "classes.svg")
+
+
 def test_a_binary_table_without_a_test_split_is_asked_about_what_it_was_trained_on(runs, tmp_path):
     ended = drawn(runs / "binary", "--out", tmp_path)
     assert ended.status == 0, ended.err
@@ -245,7 +335,27 @@ DAMAGES = {
     "a field less": (lambda run: line(run, '{"event": "epoch", "epoch": 1}'), "line 1: the event has no train_loss"),
     "a word for a number": (
         lambda run: line(run, json.dumps({"event": "epoch", **epoch(1, 1.0), "test_loss": "low"})),
-        "line 1: the event says test_loss 'low', which is no number",
+        "line 1: the event says test_loss 'low', no finite number",
+    ),
+    "no number": (
+        lambda run: line(run, json.dumps({"event": "epoch", **epoch(1, float("nan"))})),
+        "line 1: the event says train_loss nan, no finite number",
+    ),
+    "a number without end": (
+        lambda run: line(run, json.dumps({"event": "epoch", **epoch(1, 1.0), "test_loss": 10**400})),
+        "000, no finite number",
+    ),
+    "examples of none": (
+        lambda run: line(run, '{"event": "progress", "step": 1, "examples_seen": 1, "examples": 0, "batch_loss": 1}'),
+        "line 1: the event says examples 0, no whole number from 1",
+    ),
+    "no epoch": (
+        lambda run: line(run, json.dumps({"event": "epoch", **epoch(1, 1.0), "epoch": None})),
+        "line 1: the event says epoch None, no whole number from 1",
+    ),
+    "a folder of runs": (
+        lambda run: shutil.move(shutil.copytree(run, run.with_name("seed-0")), shutil.rmtree(run) or run / "seed-0"),
+        "is no run, but holds",
     ),
     "no config": (lambda run: (run / "config.json").unlink(), "is no run directory: it has no config.json"),
     "a config of another version": (
@@ -269,7 +379,13 @@ def test_a_run_that_cannot_be_drawn_is_refused_with_a_line(damage, run):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "no run is named"), (["RUN", "--format", "gif"], "gif"), (["RUN", "--out", "FILE/x"], "cannot be written")],
+    [
+        ([], "no run is named"),
+        (["RUN", "RUN"], "is named twice"),
+        (["RUN", "--data-dir", "nowhere"], "digits reads no idx files"),
+        (["RUN", "--format", "gif"], "gif"),
+        (["RUN", "--out", "FILE/x"], "cannot be written"),
+    ],
 )
 def test_flags_that_cannot_be_followed_are_refused(arguments, said, run, tmp_path):
     (tmp_path / "file").write_text("")
@@ -289,11 +405,19 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_terminal_that_shows_no_pictures_is_refused_with_the_file_that_is_there(run):
+def test_in_a_terminal_that_shows_no_pictures_all_are_written_and_that_is_said(run):
     ended = drawn(run, "--show", "--format", "png")
     assert ended.status == 2
-    assert "--show: this is no terminal that shows pictures" in ended.err
-    assert (run / "plots" / "curves.png").exists()
+    assert ended.err.startswith("error: --show: this is no terminal that shows pictures")
+    assert len(ended.err.splitlines()) == 1
+    assert {path.name for path in (run / "plots").iterdir()} == {f"{name}.png" for name in PICTURES}
+
+
+def test_in_a_terminal_that_can_every_picture_is_shown(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr(terminal, "show", lambda path: shown.append(path.name) or path.exists())
+    assert drawn(run, "--show", "--format", "svg").status == 0
+    assert shown == [f"{name}.png" for name in PICTURES]
 
 
 def test_what_a_terminal_is_sent_holds_the_file():

@@ -80,7 +80,7 @@ def read(flags: Flags) -> Request:
     target = images.target_of(size, dataset)
     state = run.state(size)
     pictures, skipped = images.read(flags.images, target, invert=flags.invert)
-    inputs = _preprocessed(np.stack([picture.values for picture in pictures]), run.recipe, dataset)
+    inputs = preprocessed(np.stack([picture.values for picture in pictures]), run.recipe, dataset)
     return Request(
         recipe=run.recipe, state=state, class_names=class_names, pictures=pictures, inputs=inputs, skipped=skipped
     )
@@ -98,6 +98,15 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
+
+
+def preprocessed(values: np.ndarray, recipe: Recipe, dataset: Dataset | None) -> np.ndarray:
+    """Return float32 inputs of raw examples [n, ...]: standardised by the training split, if the recipe says so."""
+    given = Split(values, np.zeros(len(values), np.int32))
+    if recipe.preprocessing.standardize:
+        return preprocess(replace(dataset, test=given), recipe.preprocessing).test.inputs
+    alone = Dataset(name="the pictures", train=given, test=None, class_names=())
+    return preprocess(alone, recipe.preprocessing).train.inputs
 
 
 def report(request: Request, logits: np.ndarray, flags: Flags) -> list[dict[str, Any]]:
@@ -147,12 +156,3 @@ def _data(recipe: Recipe) -> tuple[Size, tuple[str, ...], Dataset | None]:
         return size, (), None  # no images: refused without a look at the data
     dataset = datasets.load(recipe.data)
     return size_of(dataset), dataset.class_names, dataset
-
-
-def _preprocessed(values: np.ndarray, recipe: Recipe, dataset: Dataset | None) -> np.ndarray:
-    """Return float32 inputs of raw images [n, h, w, c]: standardised by the training split, if the recipe says so."""
-    given = Split(values, np.zeros(len(values), np.int32))
-    if recipe.preprocessing.standardize:
-        return preprocess(replace(dataset, test=given), recipe.preprocessing).test.inputs
-    alone = Dataset(name="the pictures", train=given, test=None, class_names=())
-    return preprocess(alone, recipe.preprocessing).train.inputs

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
 from spec import params
 from spec.command_line import parsed
-from spec.datasets import Dataset
-from spec.datasets.sizes import size_of
+from spec.datasets import Dataset, Split
+from spec.datasets.sizes import Size, size_of
 from spec.errors import DataError, UserError, require
 from spec.files import expanded
 from spec.inference.prediction import probabilities
+from spec.layers import layers
 from spec.plots import confusion, filters, predictions, style, terminal
 from spec.plots.curves import Curve, learning_curves
+from spec.plots.network import network
 from spec.recipe import DataSource
 from spec.run import metrics, run_reader
 from spec.run.metrics import Recorded
@@ -62,31 +65,48 @@ def parse(arguments: Sequence[str], *, program: str, description: str) -> tuple[
     if not flags.format:
         raise UserError("--format names no format; use png, svg or both")
     paths = {name: expanded(path) for name in ("out", "data_dir") if (path := getattr(flags, name))}
+    _refuse_the_same(flags.runs)
     return replace(flags, **paths), [metrics.read(run) for run in flags.runs]
+
+
+def _refuse_the_same(runs: Sequence[Path]) -> None:
+    places = [expanded(run).resolve() for run in runs]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise UserError(
+                f"{runs[index]} is named twice, the first time as {runs[places.index(place)]}; leave one out"
+            )
 
 
 class Album:
     """Saves pictures as the flags say, a line a file, and shows them if they are to be shown."""
 
     def __init__(self, flags: Flags) -> None:
-        self.flags = flags
+        self.flags, self.unshown = flags, 0
+        places = [expanded(run).resolve() for run in flags.runs]
+        self._names = dict(zip(places, _distinct([place.name for place in places]), strict=True))
 
     def add(self, folder: Path, name: str, picture: Figure) -> None:
-        """Save one picture, and show it."""
+        """Save one picture, and show it where that can be done. Raises UserError where it cannot be saved."""
         formats = dict.fromkeys((*self.flags.format, *(["png"] if self.flags.show else [])))
         files = style.save(picture, folder, name, list(formats))
         print(*files, sep="\n")
-        if self.flags.show and not terminal.show(folder / f"{name}.png"):
+        if self.flags.show:
+            self.unshown += not terminal.show(folder / f"{name}.png")
+
+    def close(self) -> None:
+        """Raise UserError if pictures were to be shown, and could not be; all of them are written then."""
+        if self.unshown:
             raise UserError(
-                f"--show: this is no terminal that shows pictures (kitty, Ghostty, Konsole, WezTerm, iTerm2); "
-                f"{files[0]} is written, open it with another program, and leave --show out"
+                "--show: this is no terminal that shows pictures (kitty, Ghostty, Konsole, WezTerm, iTerm2); they are "
+                "written, open them with another program, and leave --show out"
             )
 
     def of_run(self, run: Path) -> Path:
         """Return where the pictures of a run go."""
         if self.flags.out is None:
             return run / PLOTS
-        return self.flags.out / run.name if len(self.flags.runs) > 1 else self.flags.out
+        return self.flags.out / self._names[run.resolve()] if len(self.flags.runs) > 1 else self.flags.out
 
     def of_all(self) -> Path:
         """Return where the picture of all runs goes."""
@@ -128,50 +148,64 @@ def unfinished(of: Recorded) -> str | None:
     return f"{of.path} has no {WEIGHTS} ({why}): its curves are all there is to draw"
 
 
-def asked(of: Recorded, dataset: Dataset, split: str | None) -> Dataset:
-    """Return the data set with the split that is asked about as its test split. Raises DataError where it has none."""
+class Asked(NamedTuple):
+    """What a network is asked about: raw `examples`, those of the `split` "test" or "training" of a data set of that
+    `size`."""
+
+    split: str
+    examples: Split
+    class_names: tuple[str, ...]
+    size: Size
+
+
+def asked(of: Recorded, dataset: Dataset, split: str | None) -> Asked:
+    """Return what the flag asks about; the test split where there is one, unless given. Raises DataError without it."""
     if split == "test" and dataset.test is None:
         raise DataError(f"{of.recipe.name} holds no example out (data.test_fraction is 0); use --split train")
     if dataset.test is None:
         print(f"{of.recipe.name} holds no example out: its network is asked about the training split")
-    return dataset if dataset.test and split != "train" else replace(dataset, test=dataset.train)
+    about = ("test", dataset.test) if dataset.test and split != "train" else ("training", dataset.train)
+    return Asked(*about, dataset.class_names, size_of(dataset))
 
 
 def draw_predictions(
-    album: Album, of: Recorded, dataset: Dataset, state: Mapping[str, np.ndarray], logits: np.ndarray
+    album: Album, of: Recorded, about: Asked, state: Mapping[str, np.ndarray], logits: np.ndarray
 ) -> None:
-    """Draw what the network of a run makes of the test split of `dataset`, of which `logits` [n, outputs] are given;
-    and print the table of its classes."""
+    """Draw what the network of a run makes of the examples, of which `logits` [n, outputs] are given; and print the
+    table of their classes."""
     folder = album.of_run(of.path)
     chances = probabilities(logits)
-    matrix = confusion.counts(dataset.test.labels, chances.argmax(axis=1), dataset.num_classes)
-    for name, picture in _pictures(of, dataset, state, chances, matrix):
+    matrix = confusion.counts(about.examples.labels, chances.argmax(axis=1), len(about.class_names))
+    for name, picture in _pictures(of, about, state, chances, matrix):
         album.add(folder, name, picture)
-    print_table(confusion.HEADINGS, confusion.rows(matrix, dataset.class_names), right=confusion.HEADINGS[1:])
+    print_table(confusion.HEADINGS, confusion.rows(matrix, about.class_names), right=confusion.HEADINGS[1:])
 
 
 def _pictures(
-    of: Recorded, dataset: Dataset, state: Mapping[str, np.ndarray], chances: np.ndarray, matrix: np.ndarray
+    of: Recorded, about: Asked, state: Mapping[str, np.ndarray], chances: np.ndarray, matrix: np.ndarray
 ) -> Pictures:
-    labels, names = dataset.test.labels, dataset.class_names
+    labels, names, size = about.examples.labels, about.class_names, about.size
     accuracy = f"{matrix.trace() / matrix.sum():.4f}"
-    title = f"{of.recipe.name}, trained by {of.framework}: accuracy {accuracy} on {len(labels):,} examples"
+    made_by = f"{of.recipe.name}, trained by {of.framework}"
+    title = f"{made_by}: accuracy {accuracy} on {len(labels):,} {about.split} examples"
     yield "confusion", confusion.confusion(matrix, names, title=title)
     yield "classes", confusion.classes(matrix, names, title=title)
-    size = size_of(dataset)
     leaves = params.leaves(of.recipe.model, size.input_shape, params.num_outputs(of.recipe, size.num_classes))
-    yield "first_layer", filters.first_layer(leaves, state, title=f"{of.recipe.name}: weights of the first layer")
-    if len(dataset.input_shape) != 3 or dataset.input_shape[-1] not in (1, 3):
+    yield "network", network(layers(of.recipe, size))
+    yield "first_layer", filters.first_layer(leaves, state, title=f"{made_by}: weights of the first layer")
+    if len(size.input_shape) != 3 or size.input_shape[-1] not in (1, 3):
         print(f"{of.recipe.name}: its examples are no images, so there are no grids of them")
         return
     first = np.arange(min(predictions.SHOWN, len(labels)))
     wrong = predictions.most_certain_mistakes(chances, labels)
-    grids = {"predictions": (first, "the first examples"), "mistakes": (wrong, "the most certain mistakes")}
+    grids = {
+        "predictions": (first, f"the first {about.split} examples"),
+        "mistakes": (wrong, "the most certain mistakes"),
+    }
     for name, (which, said) in grids.items():
         if len(which):
-            images = dataset.test.inputs[which]
-            picture = predictions.grid(images, labels[which], names, chances[which], title=f"{of.recipe.name}: {said}")
-            yield name, picture
+            images = about.examples.inputs[which]
+            yield name, predictions.grid(images, labels[which], names, chances[which], title=f"{made_by}: {said}")
         else:
             print(f"{of.recipe.name}: no mistake, so there is no grid of them")
 
@@ -179,6 +213,19 @@ def _pictures(
 def finished(of: Recorded, dataset: Dataset) -> dict[str, np.ndarray]:
     """Return the canonical state of a finished run, verified."""
     return run_reader.read(of.path).state(size_of(dataset))
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return names that tell folders apart: the second of one name has a 2 behind it.
+
+    >>> _distinct(["a", "b", "a", "a"])
+    ['a', 'b', 'a-2', 'a-3']
+    """
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        found.append(next(one for one in itertools.chain([name], numbered) if one not in found))
+    return found
 
 
 def _labels(recorded: Sequence[Recorded]) -> list[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spec.plots.style import BLUE, GREEN, MARKERS, VERMILION, figure
+from spec.plots.style import BLUE, GREEN, MARKERS, VERMILION, figure, short, titled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_WRITTEN = 20  # classes; the numbers of more would not be read
+MOST_NAMED = 40  # classes; the names of more would lie over one another
+NARROWEST = 5.0  # inches
 HEADINGS = ("class", "examples", "right", "precision", "recall", "F1")
 
 
@@ -22,9 +25,9 @@ def counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.
     >>> counts(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
     [[1, 1], [0, 1]]
     """
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(labels, predictions, labels=np.arange(num_classes))
+    return np.bincount(num_classes * labels.astype(np.int64) + predictions, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
 
 
 def rows_normalised(matrix: np.ndarray) -> np.ndarray:
@@ -40,11 +43,14 @@ def rows_normalised(matrix: np.ndarray) -> np.ndarray:
 def confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str = "") -> Figure:
     """Return the matrix drawn, a row a true class, per cent of its examples in the cells."""
     shares, size = rows_normalised(matrix), len(class_names)
-    picture = figure(2.8 + 0.55 * min(size, MOST_WRITTEN), 2.0 + 0.5 * min(size, MOST_WRITTEN))
+    side = min(size, MOST_WRITTEN)
+    picture = figure(max(NARROWEST, 2.8 + 0.55 * side), 2.3 + 0.5 * side)
     axes = picture.subplots()
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(range(size), class_names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(size), class_names)
+    named = range(0, size, math.ceil(size / MOST_NAMED))
+    names, letters = short([class_names[index] for index in named]), 10 if size <= MOST_WRITTEN else 8
+    axes.set_xticks(named, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=letters)
+    axes.set_yticks(named, names, fontsize=letters)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if size <= MOST_WRITTEN:
@@ -54,7 +60,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str = ""
                 column, row, text, ha="center", va="center", color="white" if share > 0.5 else "black", fontsize=8
             )
     picture.colorbar(image, ax=axes, label="% of the true class")
-    axes.set_title(title)
+    titled(picture, title)
     return picture
 
 
@@ -80,17 +86,19 @@ def rows(matrix: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, ...]
 
 
 def classes(matrix: np.ndarray, class_names: Sequence[str], *, title: str = "") -> Figure:
-    """Return precision, recall and F1 of each class as points on a line, the class with the lowest F1 at the top."""
+    """Return precision, recall and F1 of each class as points on a line, the class with the lowest F1 at the top; of
+    many classes the worst."""
     found = by_class(matrix)
-    order = np.argsort(np.nan_to_num(found["F1"], nan=-1), kind="stable")[::-1]
-    picture = figure(7.5, 1.6 + 0.32 * len(class_names))
+    order = np.argsort(np.nan_to_num(found["F1"], nan=-1), kind="stable")[:MOST_NAMED][::-1]
+    picture = figure(7.5, 1.7 + 0.32 * len(order))
     axes = picture.subplots()
     axes.hlines(range(len(order)), found["precision"][order], found["recall"][order], color="0.7")
     for of, colour, marker in zip(HEADINGS[3:], (BLUE, VERMILION, GREEN), MARKERS, strict=False):
         axes.plot(found[of][order], range(len(order)), marker, color=colour, label=of)
-    axes.set_yticks(range(len(order)), [class_names[index] for index in order])
+    axes.set_yticks(range(len(order)), short([class_names[index] for index in order]))
     axes.set_ylim(-0.5, len(order) - 0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(title)
+    some = f" (the worst {MOST_NAMED} of {len(class_names)} classes)" if len(class_names) > MOST_NAMED else ""
+    titled(picture, title + some)
     picture.legend(loc="outside lower center", ncols=3, frameon=False)
     return picture

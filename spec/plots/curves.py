@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spec.plots.style import GREY, figure, look
+from spec.plots.style import BLACK, GREY, figure, look, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 PANELS = {"loss": "mean loss, nats", "accuracy": "accuracy"}
 SPLITS = {"train": "--", "test": "-"}
 MOST_MARKED = 40  # epochs; more markers would be a band
+WIDTH, HEIGHT, LINE = 10, 4.2, 0.23  # inches: of the figure, without its legend, and of a line of that
+LETTERS = 110  # of a line of the legend, its marks taken off
+LONGEST_LABEL = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +39,19 @@ def learning_curves(curves: Sequence[Curve]) -> Figure:
     Training figures are an epoch's mean while it trained, test figures those after it. A run that is alone has the loss
     of single batches behind its own.
     """
-    picture = figure(10, 4.6)
-    for axes, (quantity, label) in zip(picture.subplots(1, 2), PANELS.items(), strict=True):
+    handles, labels = _entries(curves)
+    columns = max(1, min(len(labels), LETTERS // (max(map(len, labels), default=0) + 8)))
+    picture = figure(WIDTH, HEIGHT + LINE * math.ceil(len(labels) / columns))
+    for axes, (quantity, label) in zip(picture.subplots(1, 2, sharex=True), PANELS.items(), strict=True):
         for index, curve in enumerate(curves):
             _draw(axes, curve, quantity, look(index))
         if quantity == "loss" and len(curves) == 1:
             _draw_batches(axes, curves[0])
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-    _legend(picture, curves)
+    picture.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return picture
 
 
@@ -55,28 +61,56 @@ def _draw(axes: Axes, curve: Curve, quantity: str, style: Mapping[str, str]) -> 
         values = [_number(epoch[f"{split}_{quantity}"]) for epoch in curve.epochs]
         if all(math.isnan(value) for value in values):
             continue
-        filled = style["color"] if split == "test" else "white"
         size = 5 if len(values) <= MOST_MARKED else 0
         axes.plot(
-            numbers, values, dashes, **style, markersize=size, markerfacecolor=filled, label=f"{split}: {curve.label}"
+            numbers,
+            values,
+            dashes,
+            **style,
+            markersize=size,
+            markerfacecolor=_filling(split, style),
+            label=f"{split}: {curve.label}",
         )
 
 
 def _draw_batches(axes: Axes, curve: Curve) -> None:
     """Draw the loss of the batch of each progress line where it was taken: its share of the run's examples."""
-    lines = [line for line in curve.progress if line["batch_loss"] is not None]
-    if lines and curve.planned:
+    if lines := _batches(curve):
         places = [line["examples_seen"] / line["examples"] * curve.planned for line in lines]
         losses = [line["batch_loss"] for line in lines]
         axes.plot(places, losses, ".", color=GREY, alpha=0.5, markersize=3, label="single batches")
 
 
-def _legend(picture: Figure, curves: Sequence[Curve]) -> None:
-    handles = {
-        text: line for axes in picture.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    columns = 3 if len(curves) == 1 else 2
-    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+def _entries(curves: Sequence[Curve]) -> tuple[list[Line2D], list[str]]:
+    """Return the lines and words of the legend: what the dashes are, and where there are several runs, each of them."""
+    from matplotlib.lines import Line2D
+
+    names, alone = short([curve.label for curve in curves], LONGEST_LABEL), len(curves) == 1
+    style = look(0) if alone else {"color": BLACK, "marker": "o"}
+    entries = [
+        (Line2D([], [], **style, linestyle=dashes, markersize=5, markerfacecolor=_filling(split, style)), split)
+        for split, dashes in SPLITS.items()
+        if any(_has(curve, split) for curve in curves)
+    ]
+    if alone:
+        entries = [(line, f"{split}: {names[0]}") for line, split in entries]
+        dots = {"color": GREY, "alpha": 0.5, "marker": ".", "linestyle": "", "markersize": 3}
+        entries += [(Line2D([], [], **dots), "single batches")] if _batches(curves[0]) else []
+    else:
+        entries += [(Line2D([], [], **look(index), markersize=5), name) for index, name in enumerate(names)]
+    return [line for line, _ in entries], [name for _, name in entries]
+
+
+def _filling(split: str, style: Mapping[str, str]) -> str:
+    return style["color"] if split == "test" else "white"
+
+
+def _has(curve: Curve, split: str) -> bool:
+    return any(epoch[f"{split}_{quantity}"] is not None for epoch in curve.epochs for quantity in PANELS)
+
+
+def _batches(curve: Curve) -> list[Mapping[str, Any]]:
+    return [line for line in curve.progress if line["batch_loss"] is not None]
 
 
 def _number(value: float | None) -> float:

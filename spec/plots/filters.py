@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spec.params import Leaf
-from spec.plots.style import figure
+from spec.plots.style import figure, titled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,9 +63,9 @@ def _images(shown: np.ndarray, title: str) -> Figure:
     axes = picture.subplots()
     axes.set_axis_off()
     drawn = axes.imshow(whole, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest")
-    picture.colorbar(drawn, ax=axes, shrink=0.6)
+    picture.colorbar(drawn, ax=axes, shrink=0.6, label="weight")
     some = f" (the first {SHOWN} of {len(shown)} units)" if len(shown) > SHOWN else ""
-    axes.set_title(title + some)
+    titled(picture, title + some)
     return picture
 
 
@@ -77,6 +77,6 @@ def _table(weight: np.ndarray, title: str) -> Figure:
     drawn = axes.imshow(weight, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axes.set_xlabel("feature")
     axes.set_ylabel("unit")
-    picture.colorbar(drawn, ax=axes)
-    axes.set_title(title)
+    picture.colorbar(drawn, ax=axes, label="weight")
+    titled(picture, title)
     return picture

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spec.plots.style import RIGHT, WRONG, figure
+from spec.plots.style import RIGHT, WRONG, figure, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 SHOWN = 30
 COLUMNS = 10
-SIDE, TOP = 1.15, 0.45  # inches: of an image, and of the title
+SIDE, TOP, COLUMN = 1.15, 0.45, 1.3  # inches: of an image, of the title, and from one image to the next
+LONGEST_NAME = 14  # letters of a class's name above an image
 
 
 def most_certain_mistakes(probabilities: np.ndarray, labels: np.ndarray, number: int = SHOWN) -> np.ndarray:
@@ -45,8 +46,9 @@ def grid(
     """
     rows = max(1, math.ceil(len(images) / COLUMNS))
     captions = 0.5 if probabilities is not None else 0.25  # inches above each image
+    names = short(class_names, LONGEST_NAME)
     height = TOP + rows * (captions + SIDE)
-    picture = figure(1.25 * COLUMNS, height, layout=None)
+    picture = figure(COLUMN * COLUMNS, height, layout=None)
     # Where everything lies is known: laying out a hundred axes by their contents would take seconds.
     picture.subplots_adjust(
         left=0.01, right=0.99, bottom=0.01, top=1 - (TOP + captions) / height, hspace=captions / SIDE
@@ -60,7 +62,7 @@ def grid(
         image = images[index]
         axes.imshow(_displayed(image), cmap="gray_r" if image.shape[-1] == 1 else None)
         probability = None if probabilities is None else probabilities[index]
-        _caption(axes, class_names, int(labels[index]), probability)
+        _caption(axes, names, int(labels[index]), probability)
     picture.suptitle(title, y=1 - 0.15 / height, va="top", fontsize=11)
     return picture
 
@@ -72,9 +74,8 @@ def _caption(axes: Axes, class_names: Sequence[str], label: int, probability: np
     taken = int(probability.argmax())
     right = taken == label
     colour = RIGHT if right else WRONG
-    text = f"{'✓' if right else '✗'} {class_names[taken]}\n{probability[taken]:.1%}" + (
-        "" if right else f", is {class_names[label]}"
-    )
+    text = f"{'✓' if right else '✗'} {class_names[taken]} {probability[taken]:.1%}"
+    text += "" if right else f"\nis {class_names[label]}"
     axes.set_title(text, fontsize=7, color=colour, fontweight="normal" if right else "bold")
     for spine in axes.spines.values():
         spine.set(color=colour, linewidth=1 if right else 2.5, linestyle="-" if right else (0, (3, 1)))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spec.errors import UserError, require
+from spec.errors import UserError, require, shown
 from spec.files import write_atomic
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 GREY = "#666666"
 PANEL = (4.4, 3.8)  # inches
 DPI = 150
+LETTERS = 11  # of a title, to the inch
+LONGEST_NAME = 24  # letters of a class's name; more would take the picture's place
 FORMATS = ("png", "svg")
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "lockstep", "font.size": 10, "axes.titlesize": 11}
 
@@ -61,13 +64,31 @@ def figure(width: float, height: float, *, layout: str | None = "constrained") -
     return Figure(figsize=(width, height), layout=layout)
 
 
+def titled(picture: Figure, title: str) -> None:
+    """Give a figure its title, on as many lines as its width asks for."""
+    width = int(LETTERS * picture.get_size_inches()[0])
+    picture.suptitle(textwrap.fill(title, width), fontsize=SETTINGS["axes.titlesize"])
+
+
+def short(names: Sequence[str], most: int = LONGEST_NAME) -> list[str]:
+    """Return names as a picture has room for them: the ends of a long one.
+
+    >>> short(["coat", "a very long name of a class of examples"], most=20)
+    ['coat', 'a very lon...xamples']
+    """
+    return [shown(name, most=most) for name in names]
+
+
 def save(picture: Figure, folder: Path, name: str, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write a figure to `folder`, made if need be, as NAME.png and NAME.svg, each whole or not at all; return both.
 
     The same figure gives the same bytes: no date is in them. Raises UserError where the disk refuses.
     """
     import matplotlib
+    from matplotlib.text import Text
 
+    for text in picture.findobj(Text):
+        text.set_parse_math(False)  # a dollar in a name is a dollar
     written = []
     for kind in formats:
         content, path = io.BytesIO(), folder / f"{name}.{kind}"

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from spec import recipe
-from spec.errors import RunDirectoryError
+from spec.errors import RunDirectoryError, shown
 from spec.recipe import Recipe
 from spec.run.run_directory import CONFIG, METRICS
 from spec.run.run_reader import check_is_run, read_json
 
-NEEDED = {  # what is read of each event; a run of a later version may have more
-    "epoch": ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-    "progress": ("step", "examples_seen", "examples", "batch_loss"),
+FIGURES = {  # what is read of each event, None where there is nothing to say; a later version may have more
+    "epoch": ("train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+    "progress": ("batch_loss",),
 }
+COUNTS = {"epoch": ("epoch",), "progress": ("step", "examples_seen", "examples")}  # from 1
+MOST = 1e300  # what is larger cannot be drawn
 AGAIN = "put back a good copy, or train the run again"
 
 
@@ -45,7 +47,7 @@ def read(path: Path) -> Recorded:
     of = recipe.load(str(path / CONFIG))
     framework = str(read_json(path / CONFIG).get("framework", "unknown"))
     lines, cut = _lines(path / METRICS)
-    events: dict[str, list] = {name: [] for name in NEEDED}
+    events: dict[str, list] = {name: [] for name in FIGURES}
     for number, line in enumerate(lines, start=1):
         event = _event(line, f"{path / METRICS}, line {number}")
         events[event["event"]].append(event)
@@ -72,13 +74,21 @@ def _event(line: bytes, where: str) -> Mapping[str, Any]:
         event = json.loads(line)
     except (ValueError, RecursionError):
         raise RunDirectoryError(f"{where}: that is no JSON; {AGAIN}") from None
-    if not isinstance(event, dict) or event.get("event") not in NEEDED:
-        raise RunDirectoryError(f"{where}: that is no event of this version, {' or '.join(NEEDED)}; {AGAIN}")
-    missing = [name for name in NEEDED[event["event"]] if name not in event]
-    wrong = [name for name in NEEDED[event["event"]] if not isinstance(event.get(name), int | float | None)]
-    if missing or wrong:
-        fault = (
-            f"has no {missing[0]}" if missing else f"says {wrong[0]} {str(event[wrong[0]])[:40]!r}, which is no number"
-        )
-        raise RunDirectoryError(f"{where}: the event {fault}, as of another version; {AGAIN}")
+    name = event.get("event") if isinstance(event, dict) else None
+    if not isinstance(name, str) or name not in FIGURES:
+        raise RunDirectoryError(f"{where}: that is no event of this version, {' or '.join(FIGURES)}; {AGAIN}")
+    for key in (*COUNTS[name], *FIGURES[name]):
+        if key not in event:
+            raise RunDirectoryError(f"{where}: the event has no {key}, as of another version; {AGAIN}")
+        if not (_is_count(event[key]) if key in COUNTS[name] else _is_figure(event[key])):
+            kind = "whole number from 1" if key in COUNTS[name] else "finite number"
+            raise RunDirectoryError(f"{where}: the event says {key} {shown(repr(event[key]))}, no {kind}; {AGAIN}")
     return event
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 1 <= value < MOST
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and -MOST < value < MOST)
