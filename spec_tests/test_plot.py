@@ -98,9 +98,12 @@ def test_several_runs_differ_in_colour_and_in_marker_and_splits_in_dashes():
 
 def drawn_inside(picture: Figure) -> bool:
     """Say whether all that is drawn of a figure is within its edges."""
-    FigureCanvasAgg(picture).draw()
-    box, (width, height) = picture.get_tightbbox(), picture.get_size_inches()
-    return min(box.x0, box.y0) >= -0.01 and box.x1 <= width + 0.01 and box.y1 <= height + 0.01
+    for _ in style.FORMATS:  # each is drawn, and may lie elsewhere the second time
+        FigureCanvasAgg(picture).draw()
+        box, (width, height) = picture.get_tightbbox(), picture.get_size_inches()
+        if min(box.x0, box.y0) < 0 or box.x1 > width or box.y1 > height:
+            return False
+    return True
 
 
 def test_what_is_outside_a_figure_is_noticed():
@@ -115,7 +118,7 @@ def test_the_legend_of_many_runs_with_long_names_is_within_the_figure_and_leaves
     curves = [Curve(label=name.format(index), planned=1, epochs=[epoch(1, 1.0)]) for index in range(number)]
     picture = learning_curves(curves)
     assert drawn_inside(picture)
-    assert all(axes.get_window_extent().height > 250 for axes in picture.axes)  # 100 to the inch
+    assert all(axes.get_window_extent().height > 2.5 * style.DPI for axes in picture.axes)
     (legend,) = picture.legends
     assert len(legend.get_texts()) == (number + 2 if number > 1 else 2)
 
@@ -293,7 +296,7 @@ def test_every_picture_says_who_trained_the_run_and_the_figures_of_which_split_t
     for split, said in (("test", "359 test examples"), ("train", "1,438 training examples")):
         folder = tmp_path / split
         assert drawn(runs / "torch", "--split", split, "--out", folder, "--format", "svg").status == 0
-        for name in PICTURES[1:]:
+        for name in set(PICTURES) - {"curves", "network"}:
             assert "digits, trained by torch" in words(folder / f"{name}.svg"), name
         assert said in words(folder / "confusion.svg")
         assert said in words(folder / "classes.svg")

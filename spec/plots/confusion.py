@@ -44,7 +44,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str = ""
     """Return the matrix drawn, a row a true class, per cent of its examples in the cells."""
     shares, size = rows_normalised(matrix), len(class_names)
     side = min(size, MOST_WRITTEN)
-    picture = figure(max(NARROWEST, 2.8 + 0.55 * side), 2.3 + 0.5 * side)
+    picture = figure(max(NARROWEST, 2.8 + 0.55 * side), 2.3 + 0.5 * side, layout="compressed")
     axes = picture.subplots()
     image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     named = range(0, size, math.ceil(size / MOST_NAMED))
@@ -56,9 +56,8 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str = ""
     if size <= MOST_WRITTEN:
         for (row, column), share in np.ndenumerate(shares):
             text = "" if np.isnan(share) or matrix[row, column] == 0 else f"{100 * share:.1f}"
-            axes.text(
-                column, row, text, ha="center", va="center", color="white" if share > 0.5 else "black", fontsize=8
-            )
+            colour = "white" if share > 0.5 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8, in_layout=False)
     picture.colorbar(image, ax=axes, label="% of the true class")
     titled(picture, title)
     return picture

@@ -59,7 +59,7 @@ def _images(shown: np.ndarray, title: str) -> Figure:
     whole = mosaic(shown[:SHOWN].mean(axis=-1))
     limit = np.nanmax(np.abs(whole)) or 1.0
     height, width = whole.shape
-    picture = figure(11, 1.2 + 10 * height / width)
+    picture = figure(11, 1.2 + 10 * height / width, layout="compressed")
     axes = picture.subplots()
     axes.set_axis_off()
     drawn = axes.imshow(whole, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SHOWN = 30
 COLUMNS = 10
 SIDE, TOP, COLUMN = 1.15, 0.45, 1.3  # inches: of an image, of the title, and from one image to the next
-LONGEST_NAME = 14  # letters of a class's name above an image
+LONGEST_NAME = 12  # letters of a class's name above an image
 
 
 def most_certain_mistakes(probabilities: np.ndarray, labels: np.ndarray, number: int = SHOWN) -> np.ndarray:

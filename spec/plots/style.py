@@ -61,7 +61,7 @@ def figure(width: float, height: float, *, layout: str | None = "constrained") -
     """Return an empty figure of that size in inches; it is in no window and in no list of open ones."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout=layout)
+    return Figure(figsize=(width, height), dpi=DPI, layout=layout)
 
 
 def titled(picture: Figure, title: str) -> None:
