@@ -18,6 +18,7 @@ from spec.layers import layers
 from spec.plots.network import FILL, network, stages
 from spec.recipe import Recipe
 from spec_tests.commands import changed
+from spec_tests.tolerances import SOLVED
 
 NO_FILE = Size(num_train=20, num_test=5, input_shape=(7,), input_dtype=np.dtype(np.float64), num_classes=3)
 WIDE = Size(num_train=20, num_test=5, input_shape=(224, 160, 3), input_dtype=np.dtype(np.uint8), num_classes=4)
@@ -71,7 +72,7 @@ def test_the_cnn_is_blocks_then_units_with_an_arrow_into_each_but_the_last_two()
     blocks = [patch for patch in figure.axes[0].patches if isinstance(patch, Polygon)]
     fronts = [np.ptp(patch.get_xy()[:, 1]) for patch in blocks[::3]]
     assert len(blocks) == 4 * 3
-    assert np.array(fronts) / fronts[0] == pytest.approx([1, 14 / 28, 7 / 28, 3 / 28])
+    assert np.array(fronts) / fronts[0] == pytest.approx([1, 14 / 28, 7 / 28, 3 / 28], rel=SOLVED)
     thickness = [np.ptp(patch.get_xy()[:, 0]) for patch in blocks[::3]]
     assert thickness == sorted(thickness)
     assert [len(units) for units in circles(figure).values()] == [12, 12, 10]
