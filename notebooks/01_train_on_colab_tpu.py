@@ -79,7 +79,8 @@ SMALLER = sized(full="", quick="--model.channels 4 --model.hidden-sizes 16 --bat
 #   RUN = Path("/content/drive/MyDrive/lockstep/cnn")
 RUN = Path("runs/cnn")
 PLACES = ["--devices", str(DEVICES), "--parallel", "sharded"]
-train.main(["--recipe", "cnn", "--epochs", str(EPOCHS), *SMALLER.split(), *PLACES, "--out", str(RUN), "--quiet"])
+if not (RUN / "summary.json").exists():  # a run that is there, and perhaps longer, is not trained again
+    train.main(["--recipe", "cnn", "--epochs", str(EPOCHS), *SMALLER.split(), *PLACES, "--out", str(RUN), "--quiet"])
 
 # %% [markdown]
 # A run is a directory. `metrics.jsonl` has a line for each progress report and each epoch.

@@ -53,12 +53,14 @@ print(f"{jax.device_count()} device{'s' * (jax.device_count() > 1)}: {', '.join(
 # the table shows each. Keep the spread in mind: what differs by less is noise.
 
 # %%
+import shutil
 from pathlib import Path
 
 from IPython.display import Image, Markdown, display
 
 from jax_impl import train
 
+shutil.rmtree("runs/tuning", ignore_errors=True)  # of an earlier pass through this notebook: all of it begins anew
 RECIPE = sized(full="mlp128-plain", quick="digits")
 EPOCHS = sized(full=5, quick=2)
 SEEDS = sized(full=5, quick=2)
@@ -67,14 +69,14 @@ WIDTH = 700
 ONCE = ["--recipe", RECIPE, "--epochs", str(EPOCHS), "--quiet"]
 BASE = [*ONCE, "--seeds", str(SEEDS)]
 
-train.main([*ONCE, "--seeds", str(MANY), "--out", "runs/seeds"])
-Markdown(Path("runs/seeds/table.md").read_text())
+train.main([*ONCE, "--seeds", str(MANY), "--out", "runs/tuning/seeds"])
+Markdown(Path("runs/tuning/seeds/table.md").read_text())
 
 # %%
 import json
 import statistics
 
-accuracies = json.loads(Path("runs/seeds/summary.json").read_text())["settings"][0]["accuracies"]
+accuracies = json.loads(Path("runs/tuning/seeds/summary.json").read_text())["settings"][0]["accuracies"]
 print(
     f"{len(accuracies)} seeds: {statistics.mean(accuracies):.4f} +- {statistics.stdev(accuracies):.4f}, "
     f"from {min(accuracies):.4f} to {max(accuracies):.4f}"
@@ -90,8 +92,8 @@ print(
 # **Learning rates.**
 
 # %%
-train.main([*BASE, "--sweep", "learning_rate=0.1,0.01,0.001", "--out", "runs/rates"])
-display(Markdown(Path("runs/rates/table.md").read_text()), Image("runs/rates/chart.png", width=WIDTH))
+train.main([*BASE, "--sweep", "learning_rate=0.1,0.01,0.001", "--out", "runs/tuning/rates"])
+display(Markdown(Path("runs/tuning/rates/table.md").read_text()), Image("runs/tuning/rates/chart.png", width=WIDTH))
 
 # %% [markdown]
 # **Schedules.** Constant; StepLR, which multiplies by gamma every so many epochs; cosine, down to 0 after the last.
@@ -105,25 +107,32 @@ train.main(
         sized(full="schedule=constant,step,cosine", quick="schedule=constant,step"),
         f"step_epochs={STEP_EPOCHS}",
         "--out",
-        "runs/schedules",
+        "runs/tuning/schedules",
     ]
 )
-display(Markdown(Path("runs/schedules/table.md").read_text()), Image("runs/schedules/chart.png", width=WIDTH))
+display(
+    Markdown(Path("runs/tuning/schedules/table.md").read_text()), Image("runs/tuning/schedules/chart.png", width=WIDTH)
+)
 
 # %% [markdown]
 # **Batch sizes**, at the same rate. A smaller batch makes more steps an epoch.
 
 # %%
-train.main([*BASE, "--sweep", sized(full="batch_size=32,64,128", quick="batch_size=32,128"), "--out", "runs/batches"])
-display(Markdown(Path("runs/batches/table.md").read_text()), Image("runs/batches/chart.png", width=WIDTH))
+train.main(
+    [*BASE, "--sweep", sized(full="batch_size=32,64,128", quick="batch_size=32,128"), "--out", "runs/tuning/batches"]
+)
+display(Markdown(Path("runs/tuning/batches/table.md").read_text()), Image("runs/tuning/batches/chart.png", width=WIDTH))
 
 # %% [markdown]
 # **Optimisers.** SGD against Adam, at the rates that the lesson tries. The same number is a small rate for one and a
 # large one for the other, so they have to be compared each at its best.
 
 # %%
-train.main([*BASE, "--sweep", "optimizer=sgd,adam", "learning_rate=0.1,0.01,0.001", "--out", "runs/optimizers"])
-display(Markdown(Path("runs/optimizers/table.md").read_text()), Image("runs/optimizers/chart.png", width=WIDTH))
+train.main([*BASE, "--sweep", "optimizer=sgd,adam", "learning_rate=0.1,0.01,0.001", "--out", "runs/tuning/optimizers"])
+display(
+    Markdown(Path("runs/tuning/optimizers/table.md").read_text()),
+    Image("runs/tuning/optimizers/chart.png", width=WIDTH),
+)
 
 # %% [markdown]
 # **Activations** of the one hidden layer.
@@ -135,18 +144,21 @@ train.main(
         "--sweep",
         sized(full="activations=[relu],[tanh],[sigmoid]", quick="activations=[relu],[sigmoid]"),
         "--out",
-        "runs/activations",
+        "runs/tuning/activations",
     ]
 )
-display(Markdown(Path("runs/activations/table.md").read_text()), Image("runs/activations/chart.png", width=WIDTH))
+display(
+    Markdown(Path("runs/tuning/activations/table.md").read_text()),
+    Image("runs/tuning/activations/chart.png", width=WIDTH),
+)
 
 # %% [markdown]
 # **BatchNorm on the input**, as one channel.
 
 # %%
 NORM = ["--model.input-batchnorm", "True", "--model.batchnorm-statistics", "global"]
-train.main([*BASE, "--out", "runs/plain"])
-train.main([*BASE, *NORM, "--out", "runs/batchnorm"])
+train.main([*BASE, "--out", "runs/tuning/plain"])
+train.main([*BASE, *NORM, "--out", "runs/tuning/batchnorm"])
 
 # %% [markdown]
 # **Width.** Units of the one hidden layer.
@@ -158,10 +170,10 @@ train.main(
         "--sweep",
         sized(full="hidden_sizes=[16],[64],[256]", quick="hidden_sizes=[16],[64]"),
         "--out",
-        "runs/widths",
+        "runs/tuning/widths",
     ]
 )
-display(Markdown(Path("runs/widths/table.md").read_text()), Image("runs/widths/chart.png", width=WIDTH))
+display(Markdown(Path("runs/tuning/widths/table.md").read_text()), Image("runs/tuning/widths/chart.png", width=WIDTH))
 
 # %% [markdown]
 # **Depth.** Each hidden layer has its activation, so depth changes two fields at once: a run of seeds each.
@@ -169,7 +181,7 @@ display(Markdown(Path("runs/widths/table.md").read_text()), Image("runs/widths/c
 # %%
 for depth in sized(full=(1, 2, 3), quick=(2,)):
     layers = ["--model.hidden-sizes", *["64"] * depth, "--model.activations", *["relu"] * depth]
-    train.main([*BASE, *layers, "--out", f"runs/depth-{depth}"])
+    train.main([*BASE, *layers, "--out", f"runs/tuning/depth-{depth}"])
 
 # %% [markdown]
 # **Weight decay**: every step also takes a share of each weight away.
@@ -181,10 +193,10 @@ train.main(
         "--sweep",
         sized(full="weight_decay=0,0.0001,0.001,0.01", quick="weight_decay=0.001,0.01"),
         "--out",
-        "runs/decay",
+        "runs/tuning/decay",
     ]
 )
-display(Markdown(Path("runs/decay/table.md").read_text()), Image("runs/decay/chart.png", width=WIDTH))
+display(Markdown(Path("runs/tuning/decay/table.md").read_text()), Image("runs/tuning/decay/chart.png", width=WIDTH))
 
 # %% [markdown]
 # **Dropout**, which only the CNN has.
@@ -200,11 +212,11 @@ train.main(
         "--sweep",
         sized(full="dropout=0,0.4", quick="dropout=0.4"),
         "--out",
-        "runs/dropout",
+        "runs/tuning/dropout",
         "--quiet",
     ]
 )
-display(Markdown(Path("runs/dropout/table.md").read_text()), Image("runs/dropout/chart.png", width=WIDTH))
+display(Markdown(Path("runs/tuning/dropout/table.md").read_text()), Image("runs/tuning/dropout/chart.png", width=WIDTH))
 
 # %% [markdown]
 # ## 3. What the lessons claim
@@ -218,7 +230,7 @@ from spec_tests.accuracy.claims import CLAIMS
 from spec_tests.accuracy.together import answered
 
 MEASURED = sized(full=[claim.words for claim in CLAIMS], quick=["lr 0.001 shows no change in w"])
-CLAIMED = Path("runs/claims")
+CLAIMED = Path("runs/tuning/claims")
 CNN_SEEDS = 2
 
 # %% [markdown]

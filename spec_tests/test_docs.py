@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -56,6 +57,15 @@ def test_every_formula_is_mathml(site):
     assert len(formulas) > 300
     assert page.count("<math ") == len(formulas)
     assert "arithmatex" not in page
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem[:2])
+def test_every_formula_of_a_notebook_is_mathml(site, path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    formulas = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", re.sub(r"`[^`]*`", "", text), re.DOTALL)
+    page = (site / "notebooks" / f"{path.stem}.html").read_text("utf-8")
+    assert page.count("<math ") == len(formulas)
 
 
 def test_links_between_the_pages_lead_to_them(site):
