@@ -37,6 +37,7 @@ data: $(VENV)/.test
 # The site of README, SPEC.md, pages and notebooks, in build/site; the notebooks are run, in quick mode unless told.
 LOCKSTEP_QUICK ?= 1
 docs: data
+	rm -rf notebooks/runs
 	LOCKSTEP_QUICK=$(LOCKSTEP_QUICK) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: $(VENV)/.test

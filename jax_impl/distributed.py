@@ -232,6 +232,10 @@ def join(
             "--coordinator HOST:PORT, --num-processes and --process-id"
         ) from None
     except RuntimeError as error:
+        if re.search(OF_THE_CONNECTION, str(error)):
+            raise LostProcessError(
+                f"the processes of the run lost one another as they met ({_first_line(error)}); {AGAIN}"
+            ) from None
         raise UserError(
             f"the processes of the run cannot meet: {_first_line(error)}; see that each is named once"
         ) from None
@@ -297,7 +301,9 @@ def _silence_gloo() -> None:
     sys.stdout.flush()
     own = os.dup(1)
     os.set_inheritable(own, False)
-    sys.stdout = os.fdopen(own, "w", buffering=1 if os.isatty(own) else -1, encoding=sys.stdout.encoding)
+    sys.stdout = os.fdopen(
+        own, "w", buffering=1 if os.isatty(own) else -1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
+    )
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

@@ -165,7 +165,9 @@ class Placement:
         parts = len(self.devices)
         for size in sizes:
             if size < parts:
-                raise UserError(f"a batch of {size} is less than {parts} devices; use {size} in all, or fewer")
+                last = size < max(sizes)
+                what, more = ("an epoch's last batch", ", or last_batch drop") if last else ("a batch", "")
+                raise UserError(f"{what} of {size} is less than {parts} devices; use {size} in all, or fewer{more}")
             if size % parts and self.uneven == "refuse":
                 lower, upper = size // parts * parts, -(-size // parts) * parts
                 raise UserError(f"batch_size {size} is not divisible by {parts} devices; use {lower} or {upper}")

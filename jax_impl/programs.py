@@ -49,9 +49,7 @@ def compile_programs(
     start = time.perf_counter()
     counts = count(recipe, size.num_train)
     local = recipe.model.batchnorm_statistics == "local"
-    # An image has a variance of its own, a vector has none: the norms of dense layers are the CNN's.
-    alone = local and recipe.model.name == "cnn"
-    placement.check_divides(sorted(set(counts.batch_sizes().tolist())), alone=alone)
+    placement.check_divides(sorted(set(counts.batch_sizes().tolist())), alone=local)
     outputs = params.num_outputs(recipe, size.num_classes)
     leaves = params.leaves(recipe.model, size.input_shape, outputs)
     graphdef = models.graph(recipe.model, size.input_shape, outputs)

@@ -17,6 +17,7 @@ from spec import params, recipe
 from spec.errors import UserError, exit_status
 from spec_tests import accuracy
 from spec_tests.accuracy import __main__ as command
+from spec_tests.accuracy import claims, together
 from spec_tests.accuracy import results as kept
 from spec_tests.accuracy.results import Run, settings_of_flags
 from spec_tests.accuracy.runs import read
@@ -288,3 +289,21 @@ def test_publishing_writes_the_tables_and_the_recipes_and_nothing_else(tmp_path)
     assert (tmp_path / "spec" / "recipes" / "csv.toml").read_text() == 'name = "csv"\n'
     written = (tmp_path / "spec" / "recipes" / "cnn.toml").read_text()
     assert written.startswith('name = "cnn"\n\n[expected]\ntest_accuracy = 0.8\nmargin = 0.03\nruns = 3\n')
+
+
+def test_a_claim_is_answered_by_the_runs_that_it_needs_and_none_is_made_twice(tmp_path, monkeypatch):
+    def mean(measured):
+        return f"{measured.mean('digits'):.4f}", "yes" if measured.mean("slow") < measured.mean("digits") else "no"
+
+    claim = claims.Claim("digits are learned", mean, ("digits", "slow"))
+    monkeypatch.setattr(together, "CLAIMS", (claim,))
+    flags = {"digits": "--recipe digits --epochs 1", "slow": "--recipe digits --epochs 1 --learning-rate 1e-4"}
+    monkeypatch.setattr(together, "EXPERIMENTS", flags)
+    assert "not measured yet: digits, slow" in together.answered(claim.words, tmp_path, seeds=2, trains=False)
+    table = together.answered(claim.words, tmp_path, seeds=2)
+    reached = json.loads((tmp_path / "digits" / "summary.json").read_text())["settings"][0]["accuracies"]
+    assert table.splitlines()[2] == f'| "digits are learned" | {sum(reached) / 2:.4f} | 2 | yes |'
+    monkeypatch.setattr(together.jax_impl.train, "main", lambda arguments: pytest.fail(f"trained {arguments}"))
+    assert together.answered(claim.words, tmp_path, seeds=2) == table
+    with pytest.raises(KeyError):
+        together.answered("nobody says so", tmp_path, seeds=2)

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import nn
 
 import jax_impl.evaluate
+import jax_impl.plot
 import jax_impl.predict
 import torch_ref.conversion
 import torch_ref.evaluate
@@ -39,7 +40,7 @@ from spec_tests.tolerances import CEILING_FLOAT32
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-OURS = ("spec", "jax_impl", "torch_ref", "spec_tests", "constraints", "docs", "examples", "results", ".ci")
+OURS = ("spec", "jax_impl", "torch_ref", "spec_tests", "constraints", "docs", "examples", "notebooks", "results", ".ci")
 SKIPPED = shutil.ignore_patterns(".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".git")
 # In a linked worktree .git is a file, which is not tracked.
 TRACKED = [str(path.relative_to(ROOT)) for path in ROOT.iterdir() if path.is_file() and path.name != ".git"] + [
@@ -157,6 +158,7 @@ USING = {
     "jax_impl.evaluate": jax_impl.evaluate.main,
     "torch_ref.evaluate": torch_ref.evaluate.main,
     "jax_impl.predict": jax_impl.predict.main,
+    "jax_impl.plot": jax_impl.plot.main,
     "jax_impl.convert": conversion.main,
     "torch_ref.convert": torch_ref.conversion.main,
 }
@@ -167,7 +169,11 @@ def test_every_command_of_the_readme_that_uses_a_run_works(fashion_mnist, tmp_pa
         (found[1], line) for line in commands() if (found := re.search(r"python -m (\S+)", line)) and found[1] in USING
     ]
     assert {module for module, _ in used} == set(USING)
-    made_run(tmp_path / "runs" / "mine", recipe.load("mlp512"))
+    for name in ("mine", "torch"):
+        made_run(tmp_path / "runs" / name, recipe.load("mlp512"))
+        figures = {name: 0.5 for kind in ("train", "test") for name in (f"{kind}_loss", f"{kind}_accuracy")}
+        line = json.dumps({"event": "epoch", "epoch": 1, **figures})
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(f"{line}\n")
     (tmp_path / "photos").mkdir()
     for path in ("shirt.jpg", "photos/one.png"):
         Image.fromarray(fashion_mnist.test.inputs[0, ..., 0]).save(tmp_path / path)
@@ -183,7 +189,8 @@ def test_every_command_of_the_readme_that_uses_a_run_works(fashion_mnist, tmp_pa
 
 
 def test_the_readmes_other_commands_are_known():
-    known = ("make train", "make test", "python3 -m venv", ".venv/bin/pip install")
+    known = ("make train", "make test", "make docs", "python3 -m venv", ".venv/bin/pip install")
+    known += (".venv/bin/tensorboard --logdir", ".venv/bin/jupytext --to ipynb")
     modules = ("jax_impl.train", "jax_impl.bench", "torch_ref.train", "spec.datasets", "spec_tests.accuracy")
     modules += ("spec_tests.lockstep", "spec_tests.mutants", *USING)
     for command in commands():

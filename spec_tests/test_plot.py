@@ -25,7 +25,7 @@ from spec_tests.commands import call
 from spec_tests.conftest import Ended
 
 NAMES = ("shirt", "coat", "bag")
-PICTURES = ("curves", "confusion", "classes", "first_layer", "predictions", "mistakes")
+PICTURES = ("curves", "confusion", "classes", "network", "first_layer", "predictions", "mistakes")
 
 
 def epoch(number: int, loss: float, *, tested: bool = True) -> dict[str, float | None]:
@@ -287,14 +287,15 @@ def test_runs_whose_folders_have_one_name_do_not_overwrite_each_others_pictures(
 
 
 def words(svg: Path) -> str:
-    return " ".join(" ".join(text.itertext()) for text in ElementTree.parse(svg).iterfind(".//{*}text"))
+    texts = [element for element in ElementTree.parse(svg).iter() if element.tag.endswith("}text")]
+    return " ".join(" ".join(text.itertext()) for text in texts)
 
 
 def test_every_picture_says_who_trained_the_run_and_the_figures_of_which_split_they_are(runs, tmp_path):
     for split, said in (("test", "359 test examples"), ("train", "1,438 training examples")):
         folder = tmp_path / split
         assert drawn(runs / "torch", "--split", split, "--out", folder, "--format", "svg").status == 0
-        for name in PICTURES[1:]:
+        for name in set(PICTURES) - {"curves", "network"}:
             assert "digits, trained by torch" in words(folder / f"{name}.svg"), name
         assert said in words(folder / "confusion.svg")
         assert said in words(folder / "classes.svg")

@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import jax_impl.processes
 import jax_impl.trainer
-from jax_impl.distributed import _differing
+from jax_impl.distributed import _differing, join
 from spec import recipe
 from spec.datasets import Dataset
-from spec.errors import UserError
+from spec.errors import LostProcessError, UserError
 from spec.processes import check
 from spec.run import checkpoints
 from spec.sweep import ManyFlags
@@ -308,6 +309,23 @@ def test_a_port_that_is_taken_is_refused(tmp_path):
             why = "cannot be opened here: Address already in use"
             mend = "see that no other process 0 is started, or name another port"
             assert process.err.read_text() == f"error: --coordinator {address} {why}; {mend}\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        ("UNAVAILABLE: failed to connect to all addresses", LostProcessError),
+        ("INVALID_ARGUMENT: task 1 is not among 1", UserError),
+    ],
+)
+def test_what_goes_wrong_while_they_meet_is_worth_another_try_only_where_one_was_lost(raised, kind, monkeypatch):
+    def initialize(**_: object) -> None:
+        raise jax.errors.JaxRuntimeError(raised)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match=raised) as left:
+        join(coordinator="127.0.0.1:1", num_processes=2, process_id=1, connect=9, heartbeat=9)
+    assert type(left.value) is kind
 
 
 def test_distributed_where_nothing_says_which_process_this_is_is_refused(tmp_path):

@@ -32,7 +32,9 @@ def test_a_step_is_a_fixed_part_its_examples_and_the_rings_rounds():
     assert scaling.step_seconds(MADE_UP, connection, 4) == 1 + 12.5 + 2 * 3 * (2 * 0.25 + 800 / 4 / 100)
     assert scaling.step_seconds(MADE_UP, connection, 4, speed=2.0) == 13.5 / 2 + 15
     # t(n) = 51 - 50 (1 - 1/n) + (n - 1) + 16 (1 - 1/n): 51, 35, 30.33, 28.5, 27.8, 27.67, 27.86
-    assert scaling.best(MADE_UP, connection) == 6
+    assert (
+        scaling.best(MADE_UP, connection) == 6 == round(((50 - 2 * 800 / 100) / (2 * 2 * 0.25)) ** 0.5)
+    )  # the page's n*
 
 
 def test_the_constants_are_those_that_seconds_without_noise_were_made_of():

@@ -18,8 +18,10 @@ from spec.datasets.sizes import Size, size_of
 from spec.errors import DataError, UserError, require
 from spec.files import expanded
 from spec.inference.prediction import probabilities
+from spec.layers import layers
 from spec.plots import confusion, filters, predictions, style, terminal
 from spec.plots.curves import Curve, learning_curves
+from spec.plots.network import network
 from spec.recipe import DataSource
 from spec.run import metrics, run_reader
 from spec.run.metrics import Recorded
@@ -189,6 +191,7 @@ def _pictures(
     yield "confusion", confusion.confusion(matrix, names, title=title)
     yield "classes", confusion.classes(matrix, names, title=title)
     leaves = params.leaves(of.recipe.model, size.input_shape, params.num_outputs(of.recipe, size.num_classes))
+    yield "network", network(layers(of.recipe, size))
     yield "first_layer", filters.first_layer(leaves, state, title=f"{made_by}: weights of the first layer")
     if len(size.input_shape) != 3 or size.input_shape[-1] not in (1, 3):
         print(f"{of.recipe.name}: its examples are no images, so there are no grids of them")

@@ -6,9 +6,9 @@ import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from spec.errors import UserError, shown
+from spec.errors import UserError, require, shown
 from spec.files import write_atomic
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 RIGHT, WRONG = BLUE, VERMILION
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 GREY = "#666666"
+PANEL = (4.4, 3.8)  # inches
 DPI = 150
 LETTERS = 11  # of a title, to the inch
 LONGEST_NAME = 24  # letters of a class's name; more would take the picture's place
@@ -39,6 +41,20 @@ def look(index: int) -> dict[str, str]:
     """Return the colour and the marker of the line of that number; two of the first 49 never share both."""
     marker = (index + index // len(PALETTE)) % len(MARKERS)
     return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[marker]}
+
+
+def line(index: int, **changed: Any) -> dict[str, Any]:
+    """Return matplotlib's keywords for the line of that number: a colour, a dash and a marker; they repeat after five,
+    but for what is `changed`."""
+    which = index % len(DASHES)
+    look = {"color": PALETTE[which], "linestyle": DASHES[which], "marker": MARKERS[which], "markersize": 5}
+    return look | changed
+
+
+def panels(columns: int, rows: int = 1) -> Figure:
+    """Return an empty figure with room for so many panels. Raises UserError where matplotlib is not installed."""
+    require("matplotlib", extra="plot")
+    return figure(PANEL[0] * columns, PANEL[1] * rows)
 
 
 def figure(width: float, height: float, *, layout: str | None = "constrained") -> Figure:

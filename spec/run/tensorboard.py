@@ -1,11 +1,12 @@
 """A run's figures as TensorBoard shows them: one event file in `tensorboard/`, made of what `metrics.jsonl` holds.
 
-It is written by tensorboardX's own writer of event files, at once and in this thread: `SummaryWriter` hands events to
-another thread, where a full disk is no error of the run and stops it for ever.
+It is written by tensorboardX's writer of records, at once and in this thread: its `SummaryWriter` hands events to
+another thread, where a full disk is no error of the run, and in the end holds it up for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ SCALARS = {  # by the event of `metrics.jsonl`: its names, and those on the char
 CHARTS = {"loss": ["train_loss", "val_loss"], "accuracy": ["train_accuracy", "val_accuracy"]}
 LEFT_OUT = ("description", "expected", "metrics")  # of a recipe: no hyper-parameters
 MOST_IMAGES = 16
-IMAGE_CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+IMAGE_CHANNELS = (1, 3)  # grey, RGB
 
 
 class TensorBoard:
@@ -43,47 +44,59 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, recipe: Recipe, dataset: Dataset, metrics: bytes = b"") -> None:
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.record_writer import RecordWriter
 
         folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        outcome = dict.fromkeys(name for names in CHARTS.values() for name in names)
-        *begin, self._end = summary.hparams(hyper_parameters(recipe), outcome)
-        layout = {recipe.name: {chart: ["Multiline", names] for chart, names in CHARTS.items()}}
-        for one in (*begin, summary.custom_scalars(layout), *_images(dataset)):
-            self._write(one, step=0)
-        for line in metrics.splitlines():
-            figures = json.loads(line)
-            self._scalars(figures["event"], figures)
-        self._writer.flush()
+        self._records = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
+        try:
+            self._begin(recipe, dataset)
+            for line in metrics.splitlines():
+                figures = json.loads(line)
+                self._scalars(figures["event"], figures)
+            self._records.flush()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
 
     def add(self, event: str, figures: Mapping[str, Any]) -> None:
-        """Write the figures of a line of `metrics.jsonl` by the step they belong to, and flush; none for what is
-        None."""
+        """Write the figures of a line of `metrics.jsonl` by the step they belong to, none for what is None; flush."""
         self._scalars(event, figures)
-        self._writer.flush()
+        self._records.flush()
 
     def finish(self) -> None:
         """Write that the run is finished."""
-        self._write(self._end, step=0)
-        self._writer.flush()
+        self._write(summary=self._end)
+        self._records.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        self._records.close()
+
+    def _begin(self, recipe: Recipe, dataset: Dataset) -> None:
+        """Write what is there before the first step; a viewer that is open forgets what it has of an earlier part."""
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._write(file_version="brain.Event:2")
+        self._write(session_log=SessionLog(status=SessionLog.START))
+        outcome = dict.fromkeys(tag for tags in CHARTS.values() for tag in tags)
+        *hyper, self._end = summary.hparams(hyper_parameters(recipe), outcome)
+        layout = {recipe.name: {chart: ["Multiline", tags] for chart, tags in CHARTS.items()}}
+        for one in (*hyper, summary.custom_scalars(layout), *_images(dataset)):
+            self._write(summary=one)
 
     def _scalars(self, event: str, figures: Mapping[str, Any]) -> None:
         from tensorboardX import summary
 
         for name, tag in SCALARS[event].items():
             if figures[name] is not None:
-                self._write(summary.scalar(tag, figures[name]), step=figures["step"])
+                self._write(summary=summary.scalar(tag, figures[name]), step=figures["step"])
 
-    def _write(self, content: Summary, *, step: int) -> None:
+    def _write(self, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=content))
+        self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
 
 
 def hyper_parameters(recipe: Recipe) -> dict[str, str | bool | float]:
@@ -118,5 +131,4 @@ def _images(dataset: Dataset) -> Iterator[Summary]:
     from tensorboardX import summary
 
     for tag, image in pictures(dataset).items():
-        grey = image.shape[-1] == 1
-        yield summary.image(tag, image[..., 0] if grey else image, dataformats="HW" if grey else "HWC")
+        yield summary.image(tag, image, dataformats="HWC")

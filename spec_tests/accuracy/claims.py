@@ -220,9 +220,9 @@ CLAIMS = (
 )
 
 
-def claims_table(results: Results, experiments: Results) -> str:
+def claims_table(results: Results, experiments: Results, *, claims: Sequence[Claim] = CLAIMS) -> str:
     """Return the claims as a Markdown table: the words, what was measured, over how many seeds, the verdict."""
-    rows = [[f'"{claim.words}"', *_answer(claim, results | experiments)] for claim in CLAIMS]
+    rows = [[f'"{claim.words}"', *_answer(claim, results | experiments)] for claim in claims]
     return markdown_table(["the lessons say", "measured here", "seeds", "verdict"], rows)
 
 
