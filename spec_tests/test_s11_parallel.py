@@ -192,7 +192,6 @@ def test_in_float32_each_of_100_steps_of_the_cnn_agrees_from_the_state_of_one_de
     [
         (250, 8, "batch_size 250 is not divisible by 8 devices; use 248 or 256"),
         (7, 8, "an epoch's last batch of 7 is less than 8 devices; use 7 in all, or fewer, or last_batch drop"),
-        (300, 301, "a batch of 300 is less than 301 devices; use 300 in all, or fewer$"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_sizes(mode, size, devices, said):
@@ -200,6 +199,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_sizes(mode, si
     with pytest.raises(UserError, match=said):
         Placement(mode, (one,) * devices, "refuse").check_divides([256, size])
     Placement(mode, (one,) * devices, "pad").check_divides([256, 250])
+
+
+def test_a_batch_of_every_step_that_is_less_than_the_devices_is_no_last_one():
+    with pytest.raises(UserError, match="^a batch of 7 is less than 8 devices; use 7 in all, or fewer$"):
+        Placement("sharded", (place("cpu").devices[0],) * 8).check_divides([7])
 
 
 @pytest.mark.parametrize("mode", MODES)
