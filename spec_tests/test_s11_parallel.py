@@ -202,7 +202,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_sizes(mode, si
 
 
 def test_a_batch_of_every_step_that_is_less_than_the_devices_is_no_last_one():
-    with pytest.raises(UserError, match="^a batch of 7 is less than 8 devices; use 7 in all, or fewer$"):
+    with pytest.raises(UserError, match=r"^a batch of 7 is less than 8 devices; use 7 in all, or fewer$"):
         Placement("sharded", (place("cpu").devices[0],) * 8).check_divides([7])
 
 
