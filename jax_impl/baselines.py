@@ -1,6 +1,7 @@
 """Programs that train a recipe on JAX, for the benchmark: `python -m jax_impl.baselines NAME RECIPE` serves one.
 
-`ours` is the epoch program, `many` the same of several seeds at once. `stock` is the loop of Flax's documentation: its
+`ours` is the epoch program, `sharded` and `pmap` are the same in those modes, on one device; `many` is that of several
+seeds at once. `stock` is the loop of Flax's documentation: its
 modules, its optimiser and metrics, one `nnx.jit` a step, batches gathered by NumPy. `keras` is Keras 3 on the JAX
 backend, `fit` on arrays in memory, with the extra keras. What the last two do not train, `bench.TAKES` says.
 """
@@ -14,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from flax import nnx
 
 from jax_impl import optim
 from jax_impl.convert import from_canonical
-from jax_impl.parallel import PLATFORMS, Placement, select_device
+from jax_impl.parallel import PLATFORMS, Mode, Placement, select_device
 from jax_impl.profile import operation_seconds
 from jax_impl.stepper import Stepper
 from spec import bench_worker, datasets, params
@@ -37,10 +39,10 @@ from spec.recipe import Model, Recipe
 
 
 class Ours:
-    """The compiled epoch; with `seeds`, that of as many runs in one program, from the recipe's seed on."""
+    """The compiled epoch in a mode; with `seeds`, that of as many runs in one program, from the recipe's seed on."""
 
-    def __init__(self, recipe: Recipe, device: jax.Device, *, seeds: int | None = None) -> None:
-        self.recipe, self.device, self.seeds = recipe, device, seeds
+    def __init__(self, recipe: Recipe, device: jax.Device, *, seeds: int | None = None, parallel: Mode = "jit") -> None:
+        self.recipe, self.seeds, self.placement = recipe, seeds, Placement(parallel, (device,))
         self.dataset = datasets.load(recipe.data)
         self.stepper = self._start(recipe)
 
@@ -62,7 +64,7 @@ class Ours:
 
     def _start(self, recipe: Recipe) -> Stepper:
         runs = self.seeds and [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(self.seeds)]
-        return Stepper(recipe, self.dataset, Placement.single(self.device), runs=runs)
+        return Stepper(recipe, self.dataset, self.placement, runs=runs)
 
 
 class Stock:
@@ -255,7 +257,14 @@ class Keras:
         yield layers.Dense(self.outputs, use_bias=model.bias is not False, name=last)
 
 
-PROGRAMS = {"ours": Ours, "many": Ours, "stock": Stock, "keras": Keras}
+PROGRAMS = {
+    "ours": Ours,
+    "sharded": functools.partial(Ours, parallel="sharded"),
+    "pmap": functools.partial(Ours, parallel="pmap"),
+    "many": Ours,
+    "stock": Stock,
+    "keras": Keras,
+}
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ BASELINES = {
     "stock": "the loop of Flax's documentation",
     "keras": "Keras 3 on the JAX backend, fit",
 }
+MODES = {"sharded": "ours, --parallel sharded on one device", "pmap": "ours, --parallel pmap on one device"}
 MEAN_CROSS_ENTROPY = {"loss.name": ("cross_entropy",), "loss.reduction": ("mean",), "loss.label_smoothing": (0.0,)}
 # What a program takes of a recipe, where that is not everything. Keras decays weights apart from the gradient, has the
 # learning rate inside its momentum buffer, where a schedule reaches old gradients too, and Adam's epsilon elsewhere.
@@ -82,8 +83,8 @@ PROCESSES = {
     "warm": "our programs kept",
     "saving": "our programs kept, and beside it ours that saves no checkpoint",
 }
-ON_JAX = ("ours", "many", "stock", "keras")
-WHAT = {"ours": "the epoch program of jax_impl"} | BASELINES
+ON_JAX = ("ours", "many", *MODES, "stock", "keras")
+WHAT = {"ours": "the epoch program of jax_impl"} | BASELINES | MODES
 WHAT |= {"alone": "as many runs, one after the other", "unsaved": "ours with --checkpoint-every never"}
 # JAX takes three quarters of a GPU's memory when it starts; here several programs share it.
 # Products at full width are asked for as ours are: an accelerator's own choice is narrower (S12.2).
@@ -450,10 +451,12 @@ def key(report: Mapping) -> str:
     """Return the name under which a report is kept."""
     process = f", whole process, {report['process']}" if "process" in report else ""
     seeds = f", {report['seeds']} seeds" if "seeds" in report else ""
+    modes = "".join(f", {name}" for name in MODES if name in report["seconds"])
     return (
         report["recipe"]
         + process
         + seeds
+        + modes
         + ("" if report.get("platform", "cpu") == "cpu" else f", {report['platform']}")
     )
 
@@ -535,9 +538,9 @@ def _check(flags: argparse.Namespace, recipe: Recipe) -> None:
 
 def _check_baseline(name: str, recipe: Recipe, *, flag: str) -> None:
     """Raise UserError unless there is such a program here, and it trains the recipe as stated."""
-    if name not in BASELINES:
-        known = ", ".join(BASELINES)
-        raise UserError(f"{flag}: there is no such program{did_you_mean(name, BASELINES)}; there are {known}")
+    there = BASELINES | MODES
+    if name not in there:
+        raise UserError(f"{flag}: there is no such program{did_you_mean(name, there)}; there are {', '.join(there)}")
     for package, extra in _needs(name):
         require(package, extra=extra)
     if reason := misfit(name, recipe):
@@ -575,6 +578,8 @@ def misfit(name: str, recipe: Recipe) -> str | None:
 
     All programs but ours compute in float32, whatever the recipe's precision.
     """
+    if name in MODES:
+        return None
     takes = {"precision": ("float32",)} | TAKES.get(name, {})
     stated = {field: operator.attrgetter(field)(recipe) for field in takes}
     for field, value in stated.items():
@@ -585,7 +590,8 @@ def misfit(name: str, recipe: Recipe) -> str | None:
 
 def _needs(name: str) -> Iterable[tuple[str, str]]:
     """Return the packages that a baseline needs, and the extras that bring them."""
-    return {"stock": [], "keras": [("keras", "keras")]}.get(name, [("torch", "torch")])
+    on_jax = {name: [] for name in ON_JAX} | {"keras": [("keras", "keras")]}
+    return on_jax.get(name, [("torch", "torch")])
 
 
 def _said(seconds: Mapping[str, float]) -> str:
@@ -612,7 +618,8 @@ def _parser() -> argparse.ArgumentParser:
         "--against",
         nargs="+",
         metavar="PROGRAM",
-        help="; ".join(f"{name}: {what}" for name, what in BASELINES.items()) + " (default: all that can run here)",
+        help="; ".join(f"{name}: {what}" for name, what in (BASELINES | MODES).items())
+        + " (default: all that can run here but our own modes)",
     )
     parser.add_argument("--pairs", type=int, default=7, help="turns that count (default: 7)")
     parser.add_argument("--steps", type=int, help="steps a turn (default: an epoch's)")

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
 
 from jax_impl import baselines as jax_baselines
 from jax_impl import bench, machine, profile
-from jax_impl.parallel import place, select_device
+from jax_impl.parallel import Placement, place, select_device
 from jax_impl.trainer import Trainer
 from spec import bench_worker, datasets, flops, recipe
 from spec.errors import UserError, exit_status
@@ -192,7 +193,11 @@ def our_losses(of: str) -> tuple[float, ...]:
 
 @pytest.mark.parametrize(
     ("of", "name"),
-    [*(("mlp128", name) for name in ("eager", "channels_last", "stock", "keras")), ("cnn", "channels_last"), *SLOW],
+    [
+        *(("mlp128", name) for name in ("eager", "channels_last", "stock", "keras", *bench.MODES)),
+        ("cnn", "channels_last"),
+        *SLOW,
+    ],
 )
 def test_every_program_gives_our_first_losses_and_trains_over_an_epochs_end(of, name, few_images):
     expected = our_losses(of)
@@ -351,6 +356,21 @@ def test_a_comparison_is_printed_kept_and_drawn(toys, monkeypatch, tmp_path, cap
     assert bench.load_results(tmp_path) == {"digits, gpu": report}
     assert toys == [("ours", "gpu", None), ("eager", "gpu", None), ("keras", "gpu", None)]
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_our_modes_are_timed_when_asked_for_and_kept_apart(toys, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--recipe", "digits", "--against", "sharded", "pmap", "--pairs", 1, "--steps", 3, "--keep"]
+    assert run(monkeypatch, *flags) == 0
+    assert "sharded: ours, --parallel sharded on one device" in capsys.readouterr().out
+    assert toys == [("ours", "gpu", None), ("sharded", "gpu", None), ("pmap", "gpu", None)]
+    assert list(bench.load_results(tmp_path)) == ["digits, sharded, pmap, gpu"]
+    assert not set(bench.MODES) & set(bench.default_baselines(recipe.load("digits")))
+
+
+@pytest.mark.parametrize("mode", bench.MODES)
+def test_a_mode_is_timed_as_that_mode(mode, few_images):
+    assert program(mode, small("digits")).placement == Placement(mode, (jax.devices()[0],))
 
 
 def test_runs_in_one_program_take_turns_with_as_many_one_after_the_other(toys, monkeypatch, tmp_path, capsys):
