@@ -15,8 +15,8 @@
 #
 # [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/lockstep/blob/main/notebooks/01_train_on_colab_tpu.ipynb)
 #
-# **中文摘要**:本笔记从打开 Colab 开始,一直做到训练好的卷积网络。先检查有哪些设备(CPU、GPU 或 TPU),
-# 再用全部设备训练课程中的 CNN,看学习曲线、混淆矩阵和分错的图片。最后把权重存成 safetensors,在 PyTorch 中打开,
+# **中文摘要**：本笔记从打开 Colab 开始，一直做到训练好的卷积网络。先检查有哪些设备（CPU、GPU 或 TPU），
+# 再用全部设备训练课程中的 CNN，看学习曲线、混淆矩阵和分错的图片。最后把权重存成 safetensors，在 PyTorch 中打开，
 # 并演示运行中断之后怎样继续。
 #
 # From the badge to a trained network: the lesson's CNN on Fashion-MNIST, each batch divided over all devices of this
@@ -49,7 +49,7 @@ print(f"{jax.device_count()} device{'s' * (jax.device_count() > 1)}: {', '.join(
 # %% [markdown]
 # ## 1. Which devices are there?
 #
-# A TPU shows several devices, a GPU mostly one. A CPU is one device, unless `JAX_NUM_CPU_DEVICES` says to make several
+# A TPU shows one device or several, a GPU mostly one. A CPU is one device, unless `JAX_NUM_CPU_DEVICES` says to make several
 # of it, which is how this notebook is tested without a TPU. The batch is divided evenly among them.
 
 # %%
@@ -79,11 +79,18 @@ SMALLER = sized(full="", quick="--model.channels 4 --model.hidden-sizes 16 --bat
 #   RUN = Path("/content/drive/MyDrive/lockstep/cnn")
 RUN = Path("runs/cnn")
 PLACES = ["--devices", str(DEVICES), "--parallel", "sharded"]
-if not (RUN / "summary.json").exists():  # a run that is there, and perhaps longer, is not trained again
+if not (RUN / "config.json").exists():  # a run that is there is not trained again: section 3 goes on with it
     train.main(["--recipe", "cnn", "--epochs", str(EPOCHS), *SMALLER.split(), *PLACES, "--out", str(RUN), "--quiet"])
 
 # %% [markdown]
-# A run is a directory. `metrics.jsonl` has a line for each progress report and each epoch.
+# What was trained, layer by layer, ours beside torch's: shapes, parameters, operations.
+
+# %%
+train.main(["--recipe", "cnn", *SMALLER.split(), "--summary"])
+
+# %% [markdown]
+# A run is a directory. `metrics.jsonl` has a line for each progress report (the lesson's running loss too, the mean of
+# the last 100 batches) and each epoch.
 
 # %%
 import json
@@ -118,8 +125,7 @@ print(f"{summary['steps']} steps in {summary['epochs']} epochs")
 # %% [markdown]
 # ## 4. How good is it?
 #
-# Loss and accuracy on the test images, class by class. The last line says whether they are the figures that the run
-# itself wrote down.
+# Loss and accuracy on the test images, whether they are the figures that the run itself wrote down, and each class.
 
 # %%
 from jax_impl import evaluate

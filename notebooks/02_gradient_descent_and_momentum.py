@@ -15,10 +15,10 @@
 #
 # [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/lockstep/blob/main/notebooks/02_gradient_descent_and_momentum.ipynb)
 #
-# **中文摘要**:本笔记从最简单的一步梯度下降讲起,先用手算,再分别用 JAX 和 PyTorch 验证。
-# 接着在两个权重的曲面上比较不同学习率:有的太慢,有的收敛,有的发散,并用海森矩阵的特征值说明原因。
-# 然后测量小批量梯度的噪声怎样随批量大小的平方根减小,以及每一步的代价。
-# 最后比较教科书的动量公式与 PyTorch 的动量公式,指出它们在哪里不同,并证明 optax 与 torch 走的是同一条路。
+# **中文摘要**：本笔记从最简单的一步梯度下降讲起，先用手算，再分别用 JAX 和 PyTorch 验证。
+# 接着在两个权重的曲面上比较不同学习率：有的太慢，有的收敛，有的发散，并用海森矩阵的特征值说明原因。
+# 然后测量小批量梯度的噪声怎样随批量大小的平方根减小，以及每一步的代价。
+# 最后比较平均形式、教科书形式与 PyTorch 的动量公式，指出它们在哪里不同，并证明 optax 与 torch 走的是同一条路。
 #
 # You will see one step made by hand and by two frameworks, why a learning rate creeps, converges or diverges, what a
 # mini-batch costs and what it gets wrong, and that "momentum" is the name of several rules. If you come from the
@@ -54,6 +54,7 @@ from spec.quick import sized
 from spec_tests.tolerances import DEVIATIONS, path_bound, unit_roundoff
 
 jax.config.update("jax_enable_x64", True)  # JAX computes in float32 unless told; torch is told tensor by tensor
+jax.config.update("jax_default_device", jax.devices("cpu")[0])  # a TPU has no float64 of its own
 
 print(quick.said())
 print(f"{jax.device_count()} device{'s' * (jax.device_count() > 1)}: {', '.join(map(str, jax.devices()))}")
@@ -151,8 +152,8 @@ print(f"steepest over flattest: {steep / flat:.1f}")
 # - $\eta\lambda$ over 1: the factor is negative, descent jumps to the other side, a zigzag;
 # - $\eta\lambda$ over 2: the factor is below $-1$, every jump is longer than the last: descent *diverges*.
 #
-# The steepest direction decides: $\eta < 2/\lambda_{\max}$. Momentum (the next part but one) damps the zigzag and moves
-# that limit to $2(1 + \mu)/\lambda_{\max}$.
+# The steepest direction decides: $\eta < 2/\lambda_{\max}$. Momentum carries descent along the gully and moves that limit
+# to $2(1 + \mu)/\lambda_{\max}$; across the gully it may swing for longer.
 
 # %%
 MOMENTUM = 0.8
@@ -206,13 +207,18 @@ for mu, limit in limits.items():
     rates = np.linspace(0.01, 0.99, 99) * limit
     worst = [max(descent.shrinkage(rate, curvature, momentum=mu) for curvature in curvatures) for rate in rates]
     best[mu] = min(worst)
+    as_good = rates[np.isclose(worst, best[mu], rtol=1e-6)]
     needed = np.log(1e-6) / np.log(best[mu])
     print(
-        f"momentum {mu}: best of 99 rates {rates[np.argmin(worst)]:.4f}, factor {best[mu]:.4f}, "
-        f"{needed:.0f} steps to bring the distance to a millionth"
+        f"momentum {mu}: best factor {best[mu]:.4f}, at {len(as_good)} of 99 rates from {as_good[0]:.4f} to "
+        f"{as_good[-1]:.4f}; {needed:.0f} steps to bring the distance to a millionth"
     )
-print(f"the best plain rate by the formula: {2 / (flat + steep):.4f}")
+print(f"the best plain rate by the formula: {2 / (flat + steep):.4f}; the square root of mu: {MOMENTUM**0.5:.4f}")
 assert best[MOMENTUM] < best[0.0]
+
+# %% [markdown]
+# With momentum no rate has to be met exactly: wherever both directions swing, the factor is $\sqrt{\mu}$, whatever the
+# rate.
 
 # %% [markdown]
 # ## 4. Why mini-batches?
@@ -278,9 +284,9 @@ pictures.noise_picture(BATCH_SIZES, measured, expected, seconds)
 # device busy, and no larger than the noise asks.
 
 # %% [markdown]
-# ## 5. Momentum: the textbook's and torch's
+# ## 5. Momentum: an average, or torch's sum
 #
-# The textbook averages: $v_t = \mu v_{t-1} + (1 - \mu)\, g_t$ with $v_0 = 0$ before the first step.
+# Some books average: $v_t = \mu v_{t-1} + (1 - \mu)\, g_t$ with $v = 0$ before the first step.
 # torch adds up: $b_t = \mu b_{t-1} + g_t$, and the first buffer is the first gradient itself.
 #
 # Give both a gradient of 1 at every step and watch the velocity:
@@ -291,38 +297,38 @@ pictures.buffers_picture(
     {
         "torch, momentum 0.9": descent.buffers(ones, momentum=mu)[:, 0],
         "torch, momentum 0.9, dampening 0.9": descent.buffers(ones, momentum=mu, dampening=mu)[:, 0],
-        "textbook, 0.9": descent.averaged(ones, momentum=mu)[:, 0],
+        "average, 0.9": descent.averaged(ones, momentum=mu)[:, 0],
     }
 )
 
 # %% [markdown]
 # torch's velocity climbs to $1/(1 - \mu) = 10$: with the same learning rate its steps become ten times as long. The
-# textbook's climbs to 1. Now the first steps, with gradients that are drawn:
+# average climbs to 1. Now the first steps, with gradients that are drawn:
 
 # %%
 grads = np.random.default_rng(0).standard_normal((200, 5))
 summed = descent.buffers(grads, momentum=mu)
 dampened = descent.buffers(grads, momentum=mu, dampening=mu)
-textbook = descent.averaged(grads, momentum=mu)
+average = descent.averaged(grads, momentum=mu)
 print("first gradient:       ", grads[0].round(4))
 print("torch's first step:   ", summed[0].round(4))
 print("dampened first step:  ", dampened[0].round(4))
-print("textbook's first step:", textbook[0].round(4), "= (1 - mu) times the gradient")
+print("the average's first:  ", average[0].round(4), "= (1 - mu) times the gradient")
 
 # %% [markdown]
-# So the textbook's rule with the rate $\eta/(1-\mu)$ is torch's with the rate $\eta$. And torch's `dampening=mu` is
-# *not* the textbook's: its first buffer is undamped, and what is too much in it, $\mu g_0$, fades as $\mu^t$.
+# So the average with the rate $\eta/(1-\mu)$ is torch's rule with the rate $\eta$. And torch's `dampening=mu` is
+# *not* the average: its first buffer is undamped, and what is too much in it, $\mu g_0$, fades as $\mu^t$.
 
 # %%
 bound = path_bound(len(grads), np.abs(summed).max(), np.float64, momentum=mu)
-print("textbook / (1 - mu) against torch's:", np.abs(textbook / (1 - mu) - summed).max(), "bound", bound)
-assert np.abs(textbook / (1 - mu) - summed).max() <= bound
+print("average / (1 - mu) against torch's:", np.abs(average / (1 - mu) - summed).max(), "bound", bound)
+assert np.abs(average / (1 - mu) - summed).max() <= bound
 
 too_much = mu ** np.arange(1, len(grads) + 1)[:, None] * grads[0]
-print("dampened less textbook, less mu^(t+1) g_0:", np.abs(dampened - textbook - too_much).max(), "bound", bound)
-assert np.abs(dampened - textbook - too_much).max() <= bound
+print("dampened less average, less mu^(t+1) g_0:", np.abs(dampened - average - too_much).max(), "bound", bound)
+assert np.abs(dampened - average - too_much).max() <= bound
 for step in (0, 1, 10, 50):
-    print(f"step {step:2}: dampened is off the textbook's by {np.abs(dampened - textbook)[step].max():.2e}")
+    print(f"step {step:2}: dampened is off the average by {np.abs(dampened - average)[step].max():.2e}")
 
 # %% [markdown]
 # ## 6. torch and optax, side by side
@@ -398,9 +404,9 @@ for name, path in {"torch": torch_path, "optax": optax_path}.items():
 print(f"torch and optax: at most {np.abs(np.array(torch_path) - optax_path).max():.1e} apart")
 
 # %% [markdown]
-# ## 7. One more form, which parts later
+# ## 7. The textbook's form, which parts later
 #
-# Papers put the rate inside: $w_t = \mu w_{t-1} - \eta_t g_t$, $\theta_{t+1} = \theta_t + w_t$. While the rate is
+# The textbook puts the rate inside: $w_t = \mu w_{t-1} - \eta_t g_t$, $\theta_{t+1} = \theta_t + w_t$. While the rate is
 # constant that is torch's rule. At the first change of the rate they part: torch's whole buffer is scaled by the new
 # rate, here only the newest gradient is.
 

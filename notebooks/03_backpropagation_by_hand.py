@@ -15,10 +15,10 @@
 #
 # [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/lockstep/blob/main/notebooks/03_backpropagation_by_hand.ipynb)
 #
-# **中文摘要**:本笔记用课程中的两层二分类网络(乳腺癌数据)手工推导反向传播,每个公式旁边都有对应的 NumPy 代码。
-# 结果用三种方法检验:`jax.grad`、PyTorch 的 autograd 和数值微分。
-# 我们指出课程公式中的一处笔误:隐藏层的导数里误用了输出层的 `sigma`,并测量这个错误使训练慢了多少。
-# 最后画出各种激活函数及其导数,并说明多层 sigmoid 网络为什么会梯度消失。
+# **中文摘要**：本笔记用课程中的两层二分类网络（乳腺癌数据）手工推导反向传播，每个公式旁边都有对应的 NumPy 代码。
+# 结果用三种方法检验：`jax.grad`、PyTorch 的 autograd 和数值微分。
+# 我们指出课程公式中的一处笔误：隐藏层的导数里误用了输出层的 `sigma`，并测量这个错误使训练慢了多少。
+# 最后画出各种激活函数及其导数，并说明多层 sigmoid 网络为什么会梯度消失。
 #
 # You will derive the gradients of a two-layer net with pencil and NumPy, and put them before three witnesses:
 # `jax.grad`, torch's autograd and numerical differentiation. One of the lesson's formulas does not pass. You will see
@@ -51,6 +51,7 @@ from spec.quick import sized
 from spec_tests.tolerances import chain_bound
 
 jax.config.update("jax_enable_x64", True)  # JAX computes in float32 unless told; torch is told tensor by tensor
+jax.config.update("jax_default_device", jax.devices("cpu")[0])  # a TPU has no float64 of its own
 
 print(quick.said())
 print(f"{jax.device_count()} device{'s' * (jax.device_count() > 1)}: {', '.join(map(str, jax.devices()))}")

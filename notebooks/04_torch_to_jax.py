@@ -15,9 +15,9 @@
 #
 # [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/lockstep/blob/main/notebooks/04_torch_to_jax.ipynb)
 #
-# **中文摘要**:本笔记写给学过 PyTorch 课程、想转到 JAX 的读者。先把数据、模型、损失、优化器、
-# 训练循环、评估与保存逐项左右对照,代码直接取自正在运行的程序。然后用相同的初始权重和相同的批次,
-# 同时训练两边,逐步打印权重的最大差,证明二者同步。最后逐个演示容易踩的坑,
+# **中文摘要**：本笔记写给学过 PyTorch 课程、想转到 JAX 的读者。先把数据、模型、损失、优化器、
+# 训练循环、评估与保存逐项左右对照，代码直接取自仓库里的程序。然后用相同的初始权重和相同的批次，
+# 同时训练两边，逐步打印权重的最大差，证明二者同步。最后逐个演示容易踩的坑，
 # 例如忘记调用 `optimizer.step()`、梯度累加、softmax 用了两次、通道顺序与 BatchNorm 的动量。
 #
 # You know the lesson's PyTorch program. Here it stands beside the same run in JAX, part by part; then both are trained
@@ -50,8 +50,7 @@ print(f"{jax.device_count()} device{'s' * (jax.device_count() > 1)}: {', '.join(
 # %% [markdown]
 # ## 1. Side by side
 #
-# Left the lesson's way in torch, right ours in JAX. Nothing here is typed in: the cells ask Python for the source of
-# the functions that this notebook then runs.
+# Left the lesson's way in torch, right ours in JAX. Nothing here is typed in: the cells ask Python for the source.
 #
 # **Data.** torch's `DataLoader` takes images one at a time, turns each into floats and stacks them. Ours puts the whole
 # data set on the device once, as bytes; a table of their float values, made by the host, turns them into numbers there.
@@ -71,6 +70,7 @@ import torch_ref.lesson
 import torch_ref.models
 import torch_ref.objective
 import torch_ref.optim
+import torch_ref.step
 from spec.batches import epoch_order
 from spec.listing import side_by_side
 
@@ -97,15 +97,16 @@ HTML(side_by_side({"torch": [torch_ref.objective.example_losses], "JAX": [jax_im
 HTML(side_by_side({"torch": [torch_ref.optim.optimizer], "JAX": [jax_impl.optim.optimizer]}))
 
 # %% [markdown]
-# **Loop.** On the left Python runs every step. On the right `train_step` is one step; `run_steps` is a whole epoch of
-# them in a `fori_loop`, compiled once and called once an epoch.
+# **Loop.** On the left Python runs every step: the lesson's loop, and the reference's step, which part 2 runs and which
+# hands out what it computes. On the right `gradients` is what `loss.backward()` is in torch, `train_step` is one step,
+# and `run_steps` is a whole epoch of them in a `fori_loop`, compiled once and called once an epoch.
 
 # %%
 HTML(
     side_by_side(
         {
-            "torch": [torch_ref.lesson.train_epoch],
-            "JAX": [jax_impl.step.make_train_step, jax_impl.epoch.make_run_steps],
+            "torch": [torch_ref.lesson.train_epoch, torch_ref.step.train_step],
+            "JAX": [jax_impl.step.make_gradients, jax_impl.step.make_train_step, jax_impl.epoch.make_run_steps],
         }
     )
 )
@@ -189,17 +190,9 @@ print(f"bound: {FREE_RUN_FLOAT64:.0e}")
 # sum, would lift it by many powers of ten at the first step.
 
 # %%
-from matplotlib.figure import Figure
+from spec.plots.differences import differences_picture
 
-figure = Figure(figsize=(8, 3.5), layout="constrained")
-axes = figure.subplots()
-axes.semilogy(list(differences), list(differences.values()), "o-", color="#0072B2", label="largest difference")
-axes.axhline(FREE_RUN_FLOAT64, linestyle="--", color="#D55E00", label="bound")
-axes.set_xlabel("step")
-axes.set_title(f"{mlp128.name} in float64: JAX against torch")
-axes.grid(alpha=0.3)
-axes.legend(loc="center right")
-figure
+differences_picture(differences, bound=FREE_RUN_FLOAT64, title=f"{mlp128.name} in float64: JAX against torch")
 
 # %% [markdown]
 # **And the same answers.** Every test image is put to both networks.
@@ -219,7 +212,7 @@ from jax_impl.programs import precision_scope
 
 with precision_scope("float64"):
     flax_tree, statistics = jax_impl.convert.from_canonical(
-        theirs.state(), pair.network.leaves, dtype="float64", device=jax.devices()[0]
+        theirs.state(), pair.network.leaves, dtype="float64", device=jax.devices("cpu")[0]
     )
     returned = jax_impl.convert.to_canonical(flax_tree, statistics, pair.network.leaves)
 assert_identical(returned, theirs.state(), item="there and back")
@@ -330,8 +323,8 @@ print(f"largest bias: torch {torch_layer.bias.abs().max():.4f}, Flax {jnp.abs(fl
 # ### BatchNorm: whose momentum, which variance
 #
 # torch's momentum 0.1 is the share of the new value, Flax's 0.9 that of the old one: the same thing with two names.
-# Copy the number and the running figures are wrong. And torch's running variance is the unbiased one, n/(n - 1) times
-# Flax's. Our layer follows torch.
+# Copy the number and the running figures are wrong. And torch averages unbiased variances, each n/(n - 1) times the
+# one that Flax averages. Our layer follows torch.
 
 # %%
 from jax_impl.layers import BatchNorm
@@ -373,7 +366,10 @@ moved = {}
 torch_w = torch.nn.Parameter(torch.zeros(1))
 optimizer = torch.optim.SGD([torch_w], lr=1.0, momentum=0.9)
 torch_w.grad = torch.ones(1)
-moved["torch SGD"] = [(optimizer.step(), -torch_w.item())[1] for _ in range(3)]
+moved["torch SGD"] = []
+for _ in range(3):
+    optimizer.step()
+    moved["torch SGD"].append(-torch_w.item())
 mean = optax.chain(optax.ema(0.9, debias=False), optax.sgd(1.0))
 rules = {"optax.sgd": optax.sgd(1.0, momentum=0.9), "exponential mean": mean}
 for name, rule in rules.items():
@@ -412,14 +408,29 @@ print("folded with 1, 2: ", *(jax.random.uniform(jax.random.fold_in(key, step)).
 # %% [markdown]
 # ### A new shape compiles again
 #
-# `jit` runs the Python function once for each shape, and the compiled program after that. A `print` inside shows when.
-# A short last batch is one more program.
+# `jit` runs the Python function once for each shape, and the compiled program after that. A short last batch is one
+# more program.
 
 # %%
-double = jax.jit(lambda x: (print("  tracing for shape", x.shape), 2 * x)[1])
+double = jax.jit(lambda x: 2 * x)
 for size in (64, 64, 64, 16):
-    print("batch of", size)
     double(jnp.ones(size))
+    print(f"batch of {size}: {double._cache_size()} compiled so far")
+
+# %% [markdown]
+# ### Products on an accelerator are narrower
+#
+# Asked for nothing, a TPU multiplies float32 matrices in bfloat16, and newer GPUs in TensorFloat-32. A port that
+# agrees on a CPU then parts from the first product on. A run here asks for full width; a plain `@` does not. On a CPU
+# the two rows are the same.
+
+# %%
+left, right = np.random.default_rng(0).standard_normal((2, 256, 256))
+exact = left @ right
+for precision in ("default", "highest"):
+    with jax.default_matmul_precision(precision):
+        product = jnp.array(left, jnp.float32) @ jnp.array(right, jnp.float32)
+    print(f"{precision:8} off by {np.abs(product - exact).max() / np.abs(exact).max():.1e} of the largest value")
 
 # %% [markdown]
 # ### float64 needs a flag

@@ -21,6 +21,7 @@ def sized(*, full: T, quick: T) -> T:
 
 def said() -> str:
     """Return which mode is on, in a sentence."""
-    if is_quick():
-        return f"quick mode ({VARIABLE}=1): few epochs, examples and seeds, so the figures here mean little"
-    return f"full mode: every figure as the text has it ({VARIABLE}=1 in the environment runs all in a minute)"
+    return sized(
+        full=f"full mode: every figure as the text has it ({VARIABLE}=1 in the environment runs all in a minute)",
+        quick=f"quick mode ({VARIABLE}=1): few epochs, examples and seeds, so the figures here mean little",
+    )

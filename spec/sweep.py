@@ -19,6 +19,7 @@ from spec import recipe as recipes
 from spec.command_line import Flags
 from spec.errors import RecipeError, UserError, did_you_mean
 from spec.markdown import markdown_table
+from spec.plots import style
 from spec.recipe import Recipe
 
 MOST_RUNS = 1_000
@@ -200,24 +201,24 @@ def sentence(report: Mapping, row: Mapping) -> str:
 
 
 def chart(report: Mapping, path: Path) -> None:
-    """Draw the settings from the top down: each seed's accuracy a point, the mean a line, the best setting in red.
+    """Draw the settings from the top down: each seed's accuracy a point, the mean a bar, the best one with a star.
 
     Of many settings the best are drawn.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     rows = _best(report["settings"])
-    figure = Figure(figsize=(10, 1.2 + 0.32 * len(rows)), layout="constrained")
+    figure = style.figure(10, 1.2 + 0.32 * len(rows))
     axes = figure.subplots()
     best = max(row["mean"] for row in rows if row["mean"] is not None)
-    red, blue = "#c44e52", "#4878a8"
     for place, row in enumerate(rows):
-        colour = red if row["mean"] == best else blue
+        colour = style.VERMILION if row["mean"] == best else style.BLUE
         accuracies = [accuracy for accuracy in row["accuracies"] if accuracy is not None]
         axes.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.6)
         if accuracies:
             axes.plot([row["mean"]] * 2, [place - 0.3, place + 0.3], color=colour)
+        if row["mean"] == best:
+            axes.plot([row["mean"]], [place], "*", color=colour, markersize=13, markeredgecolor="white")
         else:
             axes.annotate("diverged", (0.02, place), xycoords=("axes fraction", "data"), va="center", color="grey")
     names = [", ".join(f"{name} {_said(value)}" for name, value in row["values"].items()) for row in rows]
@@ -229,12 +230,16 @@ def chart(report: Mapping, path: Path) -> None:
         f"; the best {len(rows)} of {len(report['settings'])} settings" if len(rows) < len(report["settings"]) else ""
     )
     axes.set_title(f"{report['recipe']}, {counted(len(report['seeds']), 'seed')} a setting{some}", fontsize=10)
-    kinds = [("a run", blue, "o"), ("mean of a setting", blue, "|"), ("the best mean", red, "|")]
+    kinds = [
+        ("a run", style.BLUE, "o"),
+        ("mean of a setting", style.BLUE, "|"),
+        ("the best mean", style.VERMILION, "*"),
+    ]
     handles = [
         Line2D([], [], color=colour, marker=marker, ms=9, mew=1.5, ls="", label=of) for of, colour, marker in kinds
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=style.DPI)
 
 
 def _best(rows: Sequence[Mapping]) -> list[Mapping]:

@@ -269,6 +269,16 @@ def test_a_claim_without_its_runs_says_which_are_missing():
     assert row == ['| "lr 0.001 shows no change in w" | not measured yet: mlp128-rate-0.001-1-epoch | - | - |']
 
 
+def test_a_claim_says_of_how_many_sides_its_runs_are():
+    results, experiments = made_up_measurements()
+    said, block = [], results["cnn"]["jax"]
+    for blocks in ({"jax": block, "torch": block}, {"jax": block}):
+        results["cnn"] = blocks
+        said += [line for line in accuracy.claims_table(results, experiments).splitlines() if "passes 90 %" in line]
+    assert "in 6 runs of both sides" in said[0]
+    assert "in 3 runs of one side" in said[1]
+
+
 def test_publishing_writes_the_tables_and_the_recipes_and_nothing_else(tmp_path):
     (tmp_path / "results").mkdir()
     results, experiments = made_up_measurements()
@@ -300,6 +310,8 @@ def test_a_claim_is_answered_by_the_runs_that_it_needs_and_none_is_made_twice(tm
     flags = {"digits": "--recipe digits --epochs 1", "slow": "--recipe digits --epochs 1 --learning-rate 1e-4"}
     monkeypatch.setattr(together, "EXPERIMENTS", flags)
     assert "not measured yet: digits, slow" in together.answered(claim.words, tmp_path, seeds=2, trains=False)
+    (tmp_path / "digits" / "seed-0").mkdir(parents=True)
+    (tmp_path / "digits" / "seed-0" / "config.json").write_text("of a cell that was interrupted")
     table = together.answered(claim.words, tmp_path, seeds=2)
     reached = json.loads((tmp_path / "digits" / "summary.json").read_text())["settings"][0]["accuracies"]
     assert table.splitlines()[2] == f'| "digits are learned" | {sum(reached) / 2:.4f} | 2 | yes |'

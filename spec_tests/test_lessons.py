@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from spec import oracle
+from spec import batches, oracle, params
+from spec.datasets import Split
 from spec.errors import UserError
-from spec.lessons import activations, backpropagation, descent, minibatches
+from spec.lessons import activations, augmentation, backpropagation, descent, minibatches
 from spec.plots import activations as activation_pictures
 from spec.plots import backpropagation as backpropagation_pictures
 from spec.plots import descent as descent_pictures
 from spec.plots import style
-from spec_tests.tolerances import CENTRAL_DIFFERENCE, DEVIATIONS, FOUR_DECIMALS, ORACLE_FORMULA, ORACLE_SUM
+from spec.plots.differences import differences_picture
+from spec.recipe import Init, Model
+from spec_tests.tolerances import (
+    CENTRAL_DIFFERENCE,
+    DEVIATIONS,
+    FOUR_DECIMALS,
+    ORACLE_FORMULA,
+    ORACLE_SUM,
+    unit_roundoff,
+)
+from torch_ref import models as torch_models
 
 CURVATURES = (12 - math.sqrt(128), 12 + math.sqrt(128))  # t^2 - 24 t + 16 = 0: trace and determinant of the Hessian
 MU = 0.8
@@ -67,7 +79,19 @@ def test_without_momentum_the_distance_is_multiplied_by_1_minus_rate_times_curva
 GRADS = np.array([[1.0], [2.0], [4.0]])
 
 
-def test_the_textbook_averages_from_zero_and_torch_adds_from_the_first_gradient():
+def test_a_rule_has_the_options_that_it_was_given():
+    rule = descent.plain(0.1, momentum=0.2, dampening=0.3)
+    assert (rule.name, rule.learning_rate, rule.momentum, rule.dampening, rule.nesterov) == (
+        "sgd",
+        0.1,
+        0.2,
+        0.3,
+        False,
+    )
+    assert (rule.weight_decay, descent.plain(0.1, momentum=0.2, nesterov=True).nesterov) == (0, True)
+
+
+def test_the_average_starts_from_zero_and_torch_adds_from_the_first_gradient():
     assert descent.averaged(GRADS, momentum=0.25).ravel().tolist() == [0.75, 1.6875, 3.421875]
     assert descent.buffers(GRADS, momentum=0.25).ravel().tolist() == [1, 2.25, 4.5625]
     assert descent.buffers(GRADS, momentum=0.25, dampening=0.5).ravel().tolist() == [1, 1.25, 2.3125]
@@ -168,20 +192,56 @@ def test_with_one_unit_of_the_outputs_own_value_the_printed_derivative_is_right_
 
 def test_relative_errors_are_of_each_arrays_largest():
     wanted = [np.array([1.0, -4.0]), np.array([0.5])]
-    assert backpropagation.relative_errors([np.array([2.0, -4.0]), np.array([0.5])], wanted) == [0.25, 0.0]
+    assert backpropagation.relative_errors([np.array([2.0, -8.0]), np.array([0.5])], wanted) == [1.0, 0.0]
+
+
+def test_the_step_of_numerical_differentiation_is_near_the_cube_root_of_a_rounding():
+    step = inspect.signature(backpropagation.numerical_gradients).parameters["step"].default
+    assert step == pytest.approx(unit_roundoff("float64") ** (1 / 3), rel=0.5)
 
 
 def test_training_steps_down_once_for_each_batch_in_the_epochs_order():
     weights, x, y = net(5)
     trained, losses = backpropagation.train(
-        oracle.two_layer_binary_gradients, weights, x, y, rate=0.5, batch_size=3, epochs=1
+        oracle.two_layer_binary_gradients, weights, x, y, rate=0.5, batch_size=3, epochs=2
     )
-    expected = weights
-    for rows in ([1, 4, 3], [0, 2]):  # of seed 0, epoch 1, as the doctest of `epoch_order` has it
-        grads = oracle.two_layer_binary_gradients(*expected, x[rows], y[rows], "mean")
-        expected = tuple(weight - 0.5 * grad for weight, grad in zip(expected, grads, strict=True))
+    expected, seen = weights, [weights]
+    second = batches.epoch_order(0, 2, 5).tolist()
+    assert second != [1, 4, 3, 0, 2]
+    for epoch in ([1, 4, 3], [0, 2]), (second[:3], second[3:]):  # the first as the doctest of `epoch_order` has it
+        for rows in epoch:
+            grads = oracle.two_layer_binary_gradients(*expected, x[rows], y[rows], "mean")
+            expected = tuple(weight - 0.5 * grad for weight, grad in zip(expected, grads, strict=True))
+        seen.append(expected)
     assert all(map(np.array_equal, trained, expected))
-    assert losses.tolist() == [backpropagation.loss(each, x, y, "mean") for each in (weights, trained)]
+    assert losses.tolist() == [backpropagation.loss(each, x, y, "mean") for each in seen]
+
+
+# Augmentation
+
+
+def test_every_image_comes_twice_the_second_time_moved_or_mirrored_with_its_label():
+    corner = np.zeros((400, 5, 5, 1), np.uint8)
+    corner[:, 2, 1] = 7
+    images = Split(corner, np.arange(400, dtype=np.int32))
+    more = augmentation.with_moved(images, pixels=1, seed=0)
+    assert (more.inputs.dtype, more.labels.dtype, more.inputs.shape) == (np.uint8, np.int32, (800, 5, 5, 1))
+    assert np.array_equal(more.inputs[:400], corner)
+    assert np.array_equal(more.labels, np.tile(images.labels, 2))
+    assert (more.inputs.reshape(800, -1).sum(axis=1) == 7).all()
+    _, rows, columns, _ = np.nonzero(more.inputs[400:])
+    # Column 1 mirrored is column 3; a pixel either way of both gives 0 to 4, and twice as often 2.
+    counts = np.bincount(columns, minlength=5) * 6 / 400
+    assert np.abs(np.bincount(rows - 1, minlength=3) * 3 / 400 - 1).max() < 0.25
+    assert np.abs(counts - [1, 1, 2, 1, 1]).max() < 0.4
+    assert not np.array_equal(augmentation.with_moved(images, pixels=1, seed=1).inputs, more.inputs)
+
+
+def test_what_leaves_the_edge_is_lost_and_zeros_come_in():
+    ones = Split(np.ones((200, 2, 3, 2), np.uint8), np.zeros(200, np.int32))
+    moved = augmentation.with_moved(ones, pixels=2, seed=0).inputs[200:]
+    left = moved.reshape(200, -1).sum(axis=1) / 2  # of 2 x 3 pixels, those of (2 - |down|) rows, (3 - |right|) columns
+    assert set(left.tolist()) == {0, 1, 2, 3, 4, 6}
 
 
 # Activations
@@ -214,6 +274,21 @@ def test_softmaxs_jacobian_is_torchs():
 def test_derivatives_multiply_to_a_quarter_a_layer_of_sigmoids_and_1_of_tanh():
     assert activations.derivative_products("sigmoid", [0, 1, 5]).tolist() == [1, 1 / 4, 1 / 1024]
     assert activations.derivative_products("tanh", 7) == 1
+
+
+def test_the_sizes_of_gradients_are_torchs_at_its_own_initial_weights():
+    ours = activations.gradient_sizes("tanh", layers=2, width=4, examples=8, seed=3)
+    drawn = np.random.default_rng(3)
+    inputs, labels = torch.from_numpy(drawn.standard_normal((8, 4))), torch.from_numpy(drawn.integers(0, 10, 8))
+    model = Model(name="mlp", hidden_sizes=(4, 4), activations=("tanh", "tanh"), bias=True, input_batchnorm=False)
+    net = torch_models.network(model, (4,), 10).double()
+    initial = params.initial_state(
+        params.leaves(model, (4,), 10), Init(weight="uniform_fan_in", bias="uniform_fan_in"), 3
+    )
+    net.load_state_dict({name: torch.from_numpy(array) for name, array in initial.items()})
+    torch.nn.functional.cross_entropy(net(inputs), labels).backward()
+    sizes = [weight.grad.square().mean().sqrt().item() for weight in net.parameters() if weight.ndim == 2]
+    assert ours.tolist() == pytest.approx(sizes, rel=ORACLE_FORMULA)
 
 
 def test_gradients_fade_towards_the_first_layer_most_with_sigmoids():
@@ -263,6 +338,7 @@ def test_the_surface_that_stands_still_is_seen_from_the_side_and_from_above():
 def test_losses_are_drawn_as_the_surfaces_height_along_the_path():
     figure = descent_pictures.losses_picture({"plain": {"a, rate 1": np.array([[0.0, 0.0], [1.0, 2.0]])}})
     assert drawn(figure, 0) == [[[0, 20], [1, 2]]]
+    assert figure.axes[0].get_yscale() == "log"
     assert figure.axes[0].get_legend().get_texts()[0].get_text() == "a"
 
 
@@ -299,6 +375,17 @@ def test_five_activations_are_drawn_with_their_derivatives():
     assert np.interp(1, z, probability) == pytest.approx(
         0.0321, abs=FOUR_DECIMALS
     )  # the lesson's softmax([1, 2, 3, 4])
+
+    slope = figure.axes[4].lines[1].get_ydata()  # against the differences of the drawn points, which are 0.03 apart
+    assert np.abs(np.gradient(probability, z) - slope)[1:-1].max() < 1e-4
+    assert slope.max() == pytest.approx(0.25, abs=1e-4)
+
+
+def test_how_far_runs_are_apart_is_drawn_under_its_bound():
+    axes = differences_picture({50: 1e-16, 100: 2e-16}, bound=1e-9, title="a against b").axes[0]
+    apart, bound = axes.lines
+    assert [apart.get_xdata().tolist(), apart.get_ydata().tolist()] == [[50, 100], [1e-16, 2e-16]]
+    assert (set(bound.get_ydata()), axes.get_yscale()) == ({1e-9}, "log")
 
 
 def test_lines_differ_in_colour_dash_and_marker():

@@ -80,7 +80,7 @@ def shrinkage(rate: float, curvature: float, *, momentum: float = 0.0) -> float:
 
 
 def averaged(grads: ArrayLike, *, momentum: float) -> np.ndarray:
-    """Return the textbook's v_t = mu v_{t-1} + (1 - mu) g_t from v = 0, for `grads` [steps, n]: [steps, n] (S6.5)."""
+    """Return the average v_t = mu v_{t-1} + (1 - mu) g_t from v = 0, for `grads` [steps, n]: [steps, n] (S6.5)."""
     velocity, velocities = np.zeros(np.shape(grads)[1:]), []
     for grad in np.asarray(grads, np.float64):
         velocity = momentum * velocity + (1 - momentum) * grad
@@ -98,7 +98,7 @@ def buffers(grads: ArrayLike, *, momentum: float, dampening: float = 0.0) -> np.
 
 
 def rate_inside(grads: ArrayLike, rates: Sequence[float], *, momentum: float) -> np.ndarray:
-    """Return the papers' w_t = mu w_{t-1} - lr_t g_t from w = 0, which are the steps themselves: [steps, n] (S6.5).
+    """Return the textbook's w_t = mu w_{t-1} - lr_t g_t from w = 0, which are the steps themselves: [steps, n] (S6.5).
 
     torch's step is -lr_t b_t: the same while the rate stays, another one from its first change.
     """

@@ -125,7 +125,8 @@ def _deeper(measured: Measured) -> Answer:
 def _cnn(measured: Measured) -> Answer:
     runs = [accuracy for block in measured.all["cnn"].values() for accuracy in block[TEST]]
     verdict = "yes" if min(runs) > 0.9 else "no"
-    return f"{min(runs):.4f} to {max(runs):.4f} in {len(runs)} runs of both sides", verdict
+    sides = "both sides" if len(measured.all["cnn"]) > 1 else "one side"
+    return f"{min(runs):.4f} to {max(runs):.4f} in {len(runs)} runs of {sides}", verdict
 
 
 def _ninety_nine(measured: Measured) -> Answer:

@@ -1,7 +1,9 @@
-"""A claim, measured here and now: its runs, several seeds at once (`jax_impl.many`), and its row of the table."""
+"""Several seeds at once (`jax_impl.many`), as the notebooks train them; and a claim, measured here and now."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax_impl.train
@@ -9,6 +11,13 @@ from spec_tests.accuracy.claims import CLAIMS, EXPERIMENTS, Claim, claims_table
 from spec_tests.accuracy.results import EXPERIMENTS as KEPT
 from spec_tests.accuracy.results import Results, add
 from spec_tests.accuracy.runs import read
+
+
+def trained(flags: Sequence[str], folder: Path | str) -> Path:
+    """Train with flags of `jax_impl.train` into `folder`, in place of what an earlier call left there; return it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    jax_impl.train.main([*flags, "--quiet", "--out", str(folder)])
+    return Path(folder)
 
 
 def answered(words: str, folder: Path, *, seeds: int, trains: bool = True) -> str:
@@ -35,4 +44,4 @@ def _train(claim: Claim, folder: Path, seeds: int) -> None:
     for key in claim.needs:
         if not (folder / key / "summary.json").exists():
             flags = EXPERIMENTS.get(key, f"--recipe {key}").split()
-            jax_impl.train.main([*flags, "--seeds", str(seeds), "--out", str(folder / key), "--quiet"])
+            trained([*flags, "--seeds", str(seeds)], folder / key)
