@@ -217,10 +217,10 @@ def chart(report: Mapping, path: Path) -> None:
         axes.plot(accuracies, [place] * len(accuracies), "o", color=colour, alpha=0.6)
         if accuracies:
             axes.plot([row["mean"]] * 2, [place - 0.3, place + 0.3], color=colour)
-        if row["mean"] == best:
-            axes.plot([row["mean"]], [place], "*", color=colour, markersize=13, markeredgecolor="white")
         else:
             axes.annotate("diverged", (0.02, place), xycoords=("axes fraction", "data"), va="center", color="grey")
+        if row["mean"] == best:
+            axes.plot([row["mean"]], [place], "*", color=colour, markersize=13, markeredgecolor="white")
     names = [", ".join(f"{name} {_said(value)}" for name, value in row["values"].items()) for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -301,6 +301,7 @@ def test_a_chart_says_what_it_shows_and_of_many_settings_shows_the_best(
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert (len(names), names[0], names[-1]) == (40, first, f"learning_rate {number}")
     assert [line.get_ydata() for line in axes.lines if line.get_marker() == "*"] == [[39]]  # the last drawn is the best
+    assert not axes.texts  # none diverged
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["a run", "mean of a setting", "the best mean"]
 
