@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_a_notebook_begins_with_its_badge_and_a_summary_in_chinese(name):
     assert len(re.findall(r"[\u4e00-\u9fff]", first)) >= 40
 
 
+def test_what_a_notebook_installs_is_no_part_of_jupyter_where_it_runs_in_it():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    installed = [wanted for extra in ("notebooks", "torch", "plot") for wanted in extras[extra]]
+    assert extras["notebooks"][0] == "lockstep[torch,plot]"
+    names = {re.match(r"[\w-]+", wanted)[0] for wanted in installed}
+    assert names == {"lockstep", "torch", "torchvision", "matplotlib", "plotly"}
+
+
 @every_notebook
 def test_a_notebook_defines_nothing_but_calls_the_packages(name):
     code = "\n".join(cell.source for cell in notebook(name).cells if cell.cell_type == "code")
@@ -82,12 +91,15 @@ def test_a_notebook_runs_whole_in_quick_mode(name, devices, tmp_path, monkeypatc
     printed = run(name, tmp_path, devices=devices, seconds=SECONDS, monkeypatch=monkeypatch)
     assert quick.said() in printed  # the canary: the kernel is in quick mode indeed
     assert f"{devices} device" in printed
+    for config in tmp_path.glob("runs/cnn/config.json"):  # of the notebook that trains on every device
+        assert len(json.loads(config.read_text("utf-8"))["devices"]) == devices
     counted("notebooks run whole in quick mode", 1)
 
 
-@every_notebook
-@pytest.mark.slow(minutes=20)
-def test_a_notebook_runs_whole_in_full_mode(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow(minutes=60 if name[:2] == "05" else 6)) for name in NAMES]
+)
+def test_a_notebook_runs_whole_in_full_mode(name, tmp_path, monkeypatch, fashion_mnist, mnist):
     monkeypatch.delenv(quick.VARIABLE, raising=False)
     printed = run(name, tmp_path, devices=1, seconds=FULL_SECONDS, monkeypatch=monkeypatch)
     assert quick.said() in printed
