@@ -134,6 +134,10 @@ def _words(option: str, value: Any) -> list[str]:
 def parsed(kind: type[T], arguments: Sequence[str], *, options: Sequence[str] = (), **about: Any) -> T:
     """Return the flags as tyro parses them, told `about` the program. Raises UserError with what is wrong, without its
     box and its page of help; `options` are those there are, the fields of `kind` unless given."""
+    if "" in arguments:
+        raise UserError(
+            'an argument is empty (""), as that of a shell variable with no value is; give it, or leave it out'
+        )
     named = [field.name.replace("_", "-") for field in fields(kind) if "Positional" not in field.type]
     options = options or [f"--{name}" for name in named]
     said = io.StringIO()

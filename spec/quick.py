@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from typing import TypeVar
 
+from spec.errors import UserError
+
 VARIABLE = "LOCKSTEP_QUICK"
 T = TypeVar("T")
 
 
 def is_quick() -> bool:
-    """Return whether quick mode is on: the environment's LOCKSTEP_QUICK is 1."""
-    return os.environ.get(VARIABLE) == "1"
+    """Return whether quick mode is on: the environment's LOCKSTEP_QUICK is 1. Raises UserError for no switch."""
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise UserError(f"{VARIABLE} is {value!r}; set it to 1 for quick mode, or to 0 or nothing for full mode")
+    return value == "1"
 
 
 def sized(*, full: T, quick: T) -> T:

@@ -325,6 +325,17 @@ def test_an_unfinished_run_has_its_curves_and_a_line_says_what_is_left_out(run):
     assert {path.stem for path in (run / "plots").iterdir()} == {"curves"}
 
 
+def test_a_finished_run_whose_metrics_end_early_says_so(run):
+    lines = (run / METRICS).read_text().splitlines(keepends=True)
+    last = next(index for index, line in enumerate(lines) if '"event": "epoch"' in line)
+    (run / METRICS).write_text("".join(lines[: last + 1]))
+    ended = drawn(run, "--format", "png")
+    assert ended.status == 0
+    epochs = json.loads((run / "config.json").read_text())["recipe"]["epochs"]
+    assert epochs > 1
+    assert f"its weights are of epoch {epochs}, its metrics.jsonl ends with epoch 1, and so do its curves" in ended.out
+
+
 def line(run: Path, text: str) -> None:
     (run / METRICS).write_text(text + "\n")
 

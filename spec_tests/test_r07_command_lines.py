@@ -495,6 +495,11 @@ def test_flags_that_contradict_one_another_or_the_recipe_are_refused(part, refus
     counted(INPUTS, len(asked))
 
 
+@pytest.mark.parametrize("flags", [["--out", ""], ["--data-dir", ""], [""]])
+def test_an_empty_argument_is_refused_before_it_becomes_this_folder(flags, refused):
+    refused(flags, 'an argument is empty (""), as that of a shell variable with no value is')
+
+
 BY_A_RUN = [
     ("--out {0}/file", "--out {0}/file is a file"),
     ("--out {0}/file/below", "is a file"),

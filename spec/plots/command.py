@@ -120,6 +120,11 @@ def draw_curves(album: Album, recorded: Sequence[Recorded]) -> None:
     for of in recorded:
         if of.cut:
             print(f"{of.path}: the last line of its metrics.jsonl was cut short, and is left out")
+        if (of.path / WEIGHTS).exists() and len(of.epochs) < of.recipe.epochs:
+            print(
+                f"{of.path}: its weights are of epoch {of.recipe.epochs}, its metrics.jsonl ends with epoch "
+                f"{len(of.epochs)}, and so do its curves"
+            )
     curves = [
         Curve(label=label, planned=of.recipe.epochs, epochs=of.epochs, progress=of.progress)
         for of, label in zip(recorded, _labels(recorded), strict=True)
