@@ -11,15 +11,16 @@ from spec.recipe import Model
 def training_flops(model: Model, input_shape: tuple[int, ...], outputs: int) -> int:
     """Return the operations of the products that training on one example needs: forward, and back by weight and input.
 
-    A product of [1, k] by [k, n] is 2 k n forward, as many for the weight's gradient and for the input's; the first
-    layer's input has no gradient. Adding biases, activations, normalisation, pooling and the update do not count.
+    A product of [1, k] by [k, n] is 2 k n forward, as many for the weight's gradient and for the input's. The first
+    product's input has no gradient, unless a norm is before it, whose scale and shift are trained. Adding biases,
+    activations, normalisation, pooling and the update do not count.
 
     >>> from spec import recipe
     >>> training_flops(recipe.load("softmax-regression").model, (28, 28, 1), 10)
     31360
     """
     first, *others = forward_flops(model, input_shape, outputs)
-    return 2 * first + 3 * sum(others)
+    return (3 if model.input_batchnorm else 2) * first + 3 * sum(others)
 
 
 def forward_flops(model: Model, input_shape: tuple[int, ...], outputs: int) -> list[int]:

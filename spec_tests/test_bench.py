@@ -39,6 +39,7 @@ from torch_ref import data as torch_data
     [
         ("softmax-regression", 4 * 7840),  # forward and by the weight; the images need no gradient
         ("mlp128", 4 * 784 * 128 + 6 * 128 * 10),
+        ("mlp128-batchnorm", 6 * 784 * 128 + 6 * 128 * 10),  # the images' norm is trained: it needs their gradient
         ("mlp512", 4 * 784 * 512 + 6 * 512 * 512 + 6 * 512 * 10),
         (
             "cnn",

@@ -96,6 +96,19 @@ def test_several_runs_differ_in_colour_and_in_marker_and_splits_in_dashes():
     ]
 
 
+def test_of_runs_that_are_equal_each_shows_under_the_next():
+    curves = [Curve(label=name, planned=2, epochs=[epoch(1, 1.0), epoch(2, 0.5)]) for name in "abc"]
+    for axes in learning_curves(curves).axes:
+        by_run = [axes.lines[2 * run : 2 * run + 2] for run in range(3)]
+        for below, above in itertools.pairwise(by_run):
+            for under, over in zip(below, above, strict=True):  # of each split; what is drawn later lies on top
+                assert np.array_equal(under.get_xydata(), over.get_xydata())
+                assert under.get_linewidth() > over.get_linewidth() + 1
+                assert under.get_markersize() > over.get_markersize() + 1
+    (alone, _) = learning_curves(curves[:1]).axes[0].lines
+    assert (alone.get_linewidth(), alone.get_markersize()) == (1.5, 5)
+
+
 def drawn_inside(picture: Figure) -> bool:
     """Say whether all that is drawn of a figure is within its edges."""
     for _ in style.FORMATS:  # each is drawn, and may lie elsewhere the second time

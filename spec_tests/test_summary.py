@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from torch.utils.flop_counter import FlopCounterMode
 
 from jax_impl.models import MODELS
 from spec import flops, params, recipe, summary
@@ -134,6 +135,18 @@ def test_the_flops_of_the_cnn_by_hand():
     assert [name for name, count in counts.items() if count is not None] == [
         "conv1", "conv2", "conv3", "linear1", "linear2", "linear3",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp128", "mlp128-batchnorm", "breast-cancer"])
+def test_the_flops_of_training_are_those_that_torch_counts(name):
+    of = recipe.load(name)
+    size = known_size(of.data)
+    module = torch_network(of.model, size.input_shape, outputs_of(of, size))
+    examples = torch.zeros(BATCH, *size.input_shape)
+    with FlopCounterMode(display=False) as counter:
+        module(examples.permute(0, 3, 1, 2) if examples.ndim == 4 else examples).sum().backward()
+    counted = flops.training_flops(of.model, size.input_shape, outputs_of(of, size))
+    assert BATCH * counted == counter.get_total_flops() > 0
 
 
 @every
