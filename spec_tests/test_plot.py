@@ -136,11 +136,30 @@ def test_the_legend_of_many_runs_with_long_names_is_within_the_figure_and_leaves
     assert len(legend.get_texts()) == (number + 2 if number > 1 else 2)
 
 
+def test_the_axis_is_of_all_epochs_that_the_run_is_to_have():
+    picture = learning_curves([Curve(label="a", planned=8, epochs=[epoch(1, 1.0)])])
+    assert [axes.get_xlim() for axes in picture.axes] == [(0, 8 * 1.04)] * 2
+
+
+def test_a_run_whose_first_epoch_has_not_ended_says_so_and_whose_it_is():
+    lines = [{"step": 1, "examples_seen": 5, "examples": 20, "batch_loss": 3.0}]
+    picture = learning_curves([Curve(label="a", planned=2, epochs=[], progress=lines)])
+    assert [[text.get_text() for text in axes.texts] for axes in picture.axes] == [[], ["no epoch has ended yet"]]
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == ["single batches: a"]
+
+
+@pytest.mark.parametrize(("losses", "scale"), [((900.0, 1.0), "linear"), ((1e19, 1e6), "log")])
+def test_losses_of_a_run_that_diverged_are_by_powers_of_ten(losses, scale):
+    epochs = [epoch(number, loss) for number, loss in enumerate(losses, start=1)]
+    loss, accuracy = learning_curves([Curve(label="a", planned=2, epochs=epochs)]).axes
+    assert (loss.get_yscale(), accuracy.get_yscale()) == (scale, "linear")
+
+
 def test_one_epoch_is_on_an_axis_of_whole_numbers():
     picture = learning_curves([Curve(label="a", planned=1, epochs=[epoch(1, 1.0)])])
     for axes in picture.axes:
         lowest, highest = axes.get_xlim()
-        assert [place for place in axes.get_xticks() if lowest <= place <= highest] == [1]
+        assert [place for place in axes.get_xticks() if lowest <= place <= highest] == [0, 1]
 
 
 @pytest.mark.parametrize("number", [2, 10, 20, 60])

@@ -20,6 +20,8 @@ MOST_MARKED = 40  # epochs; more markers would be a band
 WIDTH, HEIGHT, LINE = 10, 4.2, 0.23  # inches: of the figure, without its legend, and of a line of that
 LETTERS = 110  # of a line of the legend, its marks taken off
 LONGEST_LABEL = 80
+ROOM = 1.04  # of an epoch's axis, for the last epoch's marker
+MOST_SPREAD = 1e3  # of the losses; of a run that diverged all but one would lie on the axis
 THIN, MARK = 1.5, 5.0  # points: of the run on top, its line and its markers
 WIDER, WIDEST = 2.5, 4.0  # points: a line more than the next run's, and at most more than the last one's
 
@@ -39,7 +41,7 @@ def learning_curves(curves: Sequence[Curve]) -> Figure:
     """Return loss and accuracy by epoch: the test split's a full line, the training split's a dashed one.
 
     Training figures are an epoch's mean while it trained, test figures those after it. A run that is alone has the loss
-    of single batches behind its own. Of several an earlier one is wider, so that it shows under a later one that is equal.
+    of single batches behind its own; of several, an earlier one is wider, to show under a later one that is equal.
     """
     handles, labels = _entries(curves)
     columns = max(1, min(len(labels), LETTERS // (max(map(len, labels), default=0) + 8)))
@@ -51,6 +53,11 @@ def learning_curves(curves: Sequence[Curve]) -> Figure:
             _draw_batches(axes, curves[0])
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
+        axes.set_xlim(0, ROOM * max((curve.planned for curve in curves), default=1))
+        if not axes.lines:
+            axes.text(0.5, 0.5, "no epoch has ended yet", ha="center", transform=axes.transAxes, color=GREY)
+        elif quantity == "loss" and _spread(axes) > MOST_SPREAD:
+            axes.set_yscale("log")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     picture.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
@@ -95,10 +102,17 @@ def _entries(curves: Sequence[Curve]) -> tuple[list[Line2D], list[str]]:
     if alone:
         entries = [(line, f"{split}: {names[0]}") for line, split in entries]
         dots = {"color": GREY, "alpha": 0.5, "marker": ".", "linestyle": "", "markersize": 3}
-        entries += [(Line2D([], [], **dots), "single batches")] if _batches(curves[0]) else []
+        which = "single batches" if entries else f"single batches: {names[0]}"
+        entries += [(Line2D([], [], **dots), which)] if _batches(curves[0]) else []
     else:
         entries += [(Line2D([], [], **_look(index, len(names))), name) for index, name in enumerate(names)]
     return [line for line, _ in entries], [name for _, name in entries]
+
+
+def _spread(axes: Axes) -> float:
+    """Return the largest drawn value over the smallest, of those above 0."""
+    drawn = [value for line in axes.lines for value in line.get_ydata() if value > 0]
+    return max(drawn, default=1) / min(drawn, default=1)
 
 
 def _filling(split: str, style: Mapping[str, Any]) -> str:
