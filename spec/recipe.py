@@ -348,7 +348,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         text = path.read_text("utf-8")
         mapping = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(f"recipe file {path} cannot be read: {error}") from None
+        raise RecipeError(
+            f"recipe file {path} cannot be read: {error}; put back a good copy, or name another"
+        ) from None
     if not isinstance(mapping, dict):
         raise RecipeError(f"recipe file {path} holds a {type(mapping).__name__}; it must hold a table of fields")
     inner = mapping.get("recipe")

@@ -136,6 +136,15 @@ def test_the_legend_of_many_runs_with_long_names_is_within_the_figure_and_leaves
     assert len(legend.get_texts()) == (number + 2 if number > 1 else 2)
 
 
+def test_batches_stand_where_they_were_taken_in_a_run_that_was_given_more_epochs():
+    lines = [
+        {"step": 1, "examples_seen": 5, "examples": 10, "batch_loss": 3.0},
+        {"step": 3, "examples_seen": 15, "examples": 20, "batch_loss": 2.0},
+    ]
+    loss = learning_curves([Curve(label="a", planned=2, epochs=[epoch(1, 2.0)], progress=lines)]).axes[0]
+    assert loss.lines[-1].get_xydata().tolist() == [[0.5, 3.0], [1.5, 2.0]]
+
+
 def test_the_axis_is_of_all_epochs_that_the_run_is_to_have():
     picture = learning_curves([Curve(label="a", planned=8, epochs=[epoch(1, 1.0)])])
     assert [axes.get_xlim() for axes in picture.axes] == [(0, 8 * 1.04)] * 2
@@ -368,14 +377,28 @@ def test_a_finished_run_whose_metrics_end_early_says_so(run):
     assert f"its weights are of epoch {epochs}, its metrics.jsonl ends with epoch 1, and so do its curves" in ended.out
 
 
+def test_a_framework_that_is_no_word_is_unknown(run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"framework": ["jax"]}))
+    ended = drawn(run, "--format", "svg")
+    assert ended.status == 0, ended.err
+    assert "trained by unknown" in words(run / "plots" / "confusion.svg")
+
+
 def line(run: Path, text: str) -> None:
     (run / METRICS).write_text(text + "\n")
 
 
 DAMAGES = {
     "no metrics": (lambda run: (run / METRICS).unlink(), "has no metrics.jsonl, where its figures would be"),
-    "nothing recorded": (lambda run: (run / METRICS).write_text(""), "has recorded nothing yet"),
-    "cut in its first line": (lambda run: (run / METRICS).write_text('{"ev'), "has recorded nothing yet"),
+    "nothing recorded": (
+        lambda run: (run / METRICS).write_text(""),
+        "is finished, and its metrics.jsonl holds nothing",
+    ),
+    "cut in its first line": (
+        lambda run: (run / METRICS).write_text('{"ev'),
+        "is finished, and its metrics.jsonl holds",
+    ),
     "no JSON": (lambda run: line(run, "{]"), "metrics.jsonl, line 1: that is no JSON"),
     "no table": (lambda run: line(run, "[1]"), "line 1: that is no event of this version"),
     "another event": (lambda run: line(run, '{"event": "dream"}'), "line 1: that is no event of this version"),
@@ -399,6 +422,22 @@ DAMAGES = {
     "no epoch": (
         lambda run: line(run, json.dumps({"event": "epoch", **epoch(1, 1.0), "epoch": None})),
         "line 1: the event says epoch None, no whole number from 1",
+    ),
+    "an epoch twice": (
+        lambda run: line(run, "\n".join([json.dumps({"event": "epoch", **epoch(1, 1.0)})] * 2)),
+        "line 2: epoch 1 where epoch 2 should be; put back a good copy",
+    ),
+    "more epochs than there are": (
+        lambda run: line(run, "\n".join(json.dumps({"event": "epoch", **epoch(n, 1.0)}) for n in range(1, 9))),
+        "line 3: epoch 3 of a run of 2; put back a good copy",
+    ),
+    "more examples than there are": (
+        lambda run: line(run, '{"event": "progress", "step": 1, "examples_seen": 9, "examples": 8, "batch_loss": 1}'),
+        "line 1: 9 examples seen of 8; put back a good copy",
+    ),
+    "an empty config": (
+        lambda run: (run / "config.json").write_text(""),
+        "config.json cannot be read: Expecting value: line 1 column 1 (char 0); put back a good copy",
     ),
     "a folder of runs": (
         lambda run: shutil.move(shutil.copytree(run, run.with_name("seed-0")), shutil.rmtree(run) or run / "seed-0"),

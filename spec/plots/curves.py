@@ -81,9 +81,11 @@ def _look(index: int, number: int) -> dict[str, Any]:
 
 
 def _draw_batches(axes: Axes, curve: Curve) -> None:
-    """Draw the loss of the batch of each progress line where it was taken: its share of the run's examples."""
+    """Draw the loss of the batch of each progress line where it was taken: its share of the run's examples, which are
+    more in later lines where the run was given more epochs."""
     if lines := _batches(curve):
-        places = [line["examples_seen"] / line["examples"] * curve.planned for line in lines]
+        whole = max(line["examples"] for line in lines)
+        places = [line["examples_seen"] / whole * curve.planned for line in lines]
         losses = [line["batch_loss"] for line in lines]
         axes.plot(places, losses, ".", color=GREY, alpha=0.5, markersize=3, label="single batches")
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SHOWN = 64
 COLUMNS = 16
+GAP = "0.8"  # grey: white is a weight of 0
 DIVERGING = "RdBu"  # red below 0, blue above, white at 0: told apart by the colour-blind
 
 
@@ -56,13 +57,17 @@ def mosaic(images: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
 
 def _images(shown: np.ndarray, title: str) -> Figure:
     """Return each unit's weights as one image, the mean over channels where there are several; one scale for all."""
+    from matplotlib import colormaps
+
     whole = mosaic(shown[:SHOWN].mean(axis=-1))
     limit = np.nanmax(np.abs(whole)) or 1.0
     height, width = whole.shape
     picture = figure(11, 1.2 + 10 * height / width, layout="compressed")
     axes = picture.subplots()
     axes.set_axis_off()
-    drawn = axes.imshow(whole, cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest")
+    drawn = axes.imshow(
+        whole, cmap=colormaps[DIVERGING].with_extremes(bad=GAP), vmin=-limit, vmax=limit, interpolation="nearest"
+    )
     picture.colorbar(drawn, ax=axes, label="weight")
     some = f" (the first {SHOWN} of {len(shown)} units)" if len(shown) > SHOWN else ""
     titled(picture, title + some)

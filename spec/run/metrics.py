@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from spec import recipe
 from spec.errors import RunDirectoryError, shown
 from spec.recipe import Recipe
-from spec.run.run_directory import CONFIG, METRICS
+from spec.run.run_directory import CONFIG, METRICS, SUMMARY
 from spec.run.run_reader import check_is_run, read_json
 
 FIGURES = {  # what is read of each event, None where there is nothing to say; a later version may have more
@@ -45,12 +45,16 @@ def read(path: Path) -> Recorded:
     path = path.expanduser()
     check_is_run(path)
     of = recipe.load(str(path / CONFIG))
-    framework = str(read_json(path / CONFIG).get("framework", "unknown"))
+    named = read_json(path / CONFIG).get("framework")
+    framework = named if isinstance(named, str) else "unknown"
     lines, cut = _lines(path / METRICS)
     events: dict[str, list] = {name: [] for name in FIGURES}
     for number, line in enumerate(lines, start=1):
         event = _event(line, f"{path / METRICS}, line {number}")
+        _check_order(event, events["epoch"], of.epochs, f"{path / METRICS}, line {number}")
         events[event["event"]].append(event)
+    if not any(events.values()) and (path / SUMMARY).exists():
+        raise RunDirectoryError(f"{path} is finished, and its {METRICS} holds nothing; {AGAIN}")
     if not any(events.values()):
         raise RunDirectoryError(f"{path} has recorded nothing yet; wait for its first progress line, or train it")
     return Recorded(
@@ -84,6 +88,16 @@ def _event(line: bytes, where: str) -> Mapping[str, Any]:
             kind = "whole number from 1" if key in COUNTS[name] else "finite number"
             raise RunDirectoryError(f"{where}: the event says {key} {shown(repr(event[key]))}, no {kind}; {AGAIN}")
     return event
+
+
+def _check_order(event: Mapping[str, Any], before: Sequence[Mapping], planned: int, where: str) -> None:
+    """Raise RunDirectoryError unless the event can follow on the epochs `before` it, of `planned` ones."""
+    if event["event"] == "epoch" and event["epoch"] != len(before) + 1:
+        raise RunDirectoryError(f"{where}: epoch {event['epoch']} where epoch {len(before) + 1} should be; {AGAIN}")
+    if event["event"] == "epoch" and event["epoch"] > planned:
+        raise RunDirectoryError(f"{where}: epoch {event['epoch']} of a run of {planned}; {AGAIN}")
+    if event["event"] == "progress" and event["examples_seen"] > event["examples"]:
+        raise RunDirectoryError(f"{where}: {event['examples_seen']:,} examples seen of {event['examples']:,}; {AGAIN}")
 
 
 def _is_count(value: object) -> bool:

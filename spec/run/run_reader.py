@@ -58,7 +58,8 @@ def read(path: Path) -> Run:
     of = recipe.load(str(path / CONFIG))
     config = read_json(path / CONFIG)
     summary = read_json(path / SUMMARY) if os.path.exists(path / SUMMARY) else None
-    made_by = config.get("framework") if config.get("framework") in TRAINERS else None
+    named = config.get("framework")
+    made_by = named if isinstance(named, str) and named in TRAINERS else None
     file = path / WEIGHTS
     if not os.path.exists(file) and summary is not None:
         raise RunDirectoryError(
