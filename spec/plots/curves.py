@@ -39,7 +39,7 @@ def learning_curves(curves: Sequence[Curve]) -> Figure:
     """Return loss and accuracy by epoch: the test split's a full line, the training split's a dashed one.
 
     Training figures are an epoch's mean while it trained, test figures those after it. A run that is alone has the loss
-    of single batches behind its own. Of several an earlier one is wider, so that it shows under a later one that is equal.
+    of single batches behind its own; of several, an earlier one is wider, to show under a later one that is equal.
     """
     handles, labels = _entries(curves)
     columns = max(1, min(len(labels), LETTERS // (max(map(len, labels), default=0) + 8)))
