@@ -17,6 +17,8 @@ from PIL import Image
 
 from jax_impl import evaluate, plot
 from spec import params, recipe
+from spec.datasets import Split
+from spec.datasets.sizes import known_size
 from spec.plots import command, confusion, filters, predictions, style, terminal
 from spec.plots.curves import Curve, learning_curves
 from spec.run import metrics
@@ -221,6 +223,10 @@ def test_the_matrix_is_by_rows_and_a_class_without_examples_is_left_white():
     assert matrix.tolist() == [[3, 1, 0], [2, 0, 0], [0, 0, 0]]
     axes = confusion.confusion(matrix, NAMES).axes[0]
     assert [text.get_text() for text in axes.texts] == ["75.0", "25.0", "", "100.0", "", "", "", "", ""]
+    dark, light = axes.images[0].cmap([1.0, 0.25])[:, :3].sum(axis=1)
+    assert dark < 1.5 < light
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert (colours["100.0"], colours["75.0"], colours["25.0"]) == ("white", "white", "black")
     assert np.isnan(axes.images[0].get_array().filled(np.nan)[2]).all()
     assert [label.get_text() for label in axes.get_yticklabels()] == list(NAMES)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
@@ -238,6 +244,21 @@ def test_precision_recall_and_f1_are_those_of_the_matrix():
     ]
 
 
+def test_each_class_has_its_three_figures_on_a_line_from_precision_to_recall():
+    axes = confusion.classes(np.array([[3, 1], [2, 4]]), NAMES[:2]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["coat", "shirt"]  # from below
+    assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
+        "precision": [[4 / 5, 0], [3 / 5, 1]],
+        "recall": [[4 / 6, 0], [3 / 4, 1]],
+        "F1": [[8 / 11, 0], [6 / 9, 1]],
+    }
+    (joined,) = axes.collections
+    assert [path.vertices.tolist() for path in joined.get_paths()] == [
+        [[4 / 5, 0], [4 / 6, 0]],
+        [[3 / 5, 1], [3 / 4, 1]],
+    ]
+
+
 def test_the_class_that_is_worst_is_at_the_top():
     axes = confusion.classes(np.array([[9, 1, 0], [0, 10, 0], [5, 0, 5]]), NAMES).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()][::-1] == ["bag", "shirt", "coat"]
@@ -251,9 +272,16 @@ def test_a_grid_marks_what_is_wrong_by_a_cross_a_colour_and_a_thick_frame():
     assert right.title.get_color() == style.RIGHT
     assert wrong.title.get_color() == style.WRONG
     assert wrong.spines["top"].get_linewidth() > right.spines["top"].get_linewidth()
-    assert right.images[0].get_array()[0, 0] == 0
-    assert right.images[0].get_array()[-1, -1] == 1
+    shown = right.images[0]
+    assert shown.get_array()[[0, -1], [0, -1]].tolist() == [0, 1]
+    assert shown.to_rgba([[0.0, 1.0]])[0, :, 0].tolist() == [1, 0]  # ink on paper
     assert not any(axes.axison for axes in empty)
+
+
+def test_the_most_certain_mistakes_are_the_surest_of_all_not_the_first():
+    taken = np.array([0.6, 0.9, 0.7, 0.8, 0.99])  # for class 0, of which only the last is
+    found = predictions.most_certain_mistakes(np.stack([taken, 1 - taken], 1), np.array([1, 1, 1, 1, 0]), number=2)
+    assert found.tolist() == [1, 3]
 
 
 def test_without_probabilities_a_grid_shows_labels_alone():
@@ -280,6 +308,11 @@ def test_the_first_layer_is_drawn_in_the_layout_of_the_images(name):
         assert np.isnan(shown[:side, side]).all()
     lowest, highest = image.get_clim()
     assert lowest == -highest == -np.nanmax(np.abs(shown))
+    negative, zero, positive = image.to_rgba([[lowest, 0.0, highest]])[0, :, :3]
+    assert negative[0] > negative[2] + 0.2  # red
+    assert positive[2] > positive[0] + 0.2  # blue: not the green that the red-green blind take for red
+    assert positive[2] > positive[1] + 0.1
+    assert zero.min() > 0.95
 
 
 def test_every_picture_of_a_run_opens_and_its_svg_has_its_words(run):
@@ -317,6 +350,18 @@ def test_several_runs_share_their_curves_and_have_the_rest_for_themselves(runs, 
     assert f"test accuracies part by {most:.4f} at most" in ended.out
 
 
+def test_runs_part_by_the_widest_of_the_epochs_that_all_have():
+    def curve(*accuracies: float | None) -> Curve:
+        epochs = [epoch(number, 1.0) | {"test_accuracy": of} for number, of in enumerate(accuracies, start=1)]
+        return Curve(label="", planned=4, epochs=epochs)
+
+    three = [curve(0.5, 0.25, 0.75), curve(0.5, 0.5, 0.75, 1.0), curve(0.625, 0.625, 0.75, 0.0)]
+    assert command.parting(three) == "test accuracies part by 0.3750 at most, after epoch 2 of 3"
+    assert command.parting(three[1:]) == "test accuracies part by 1.0000 at most, after epoch 4 of 4"
+    for nothing in (curve(), curve(0.5, None, 0.5)):
+        assert command.parting([three[0], nothing]) == "the runs have no epoch with a test accuracy in common"
+
+
 def test_runs_whose_folders_have_one_name_do_not_overwrite_each_others_pictures(runs, tmp_path):
     for place, name in (("one", "jax"), ("two", "torch")):
         shutil.copytree(runs / name, tmp_path / place / "run")
@@ -352,6 +397,46 @@ def test_a_binary_table_without_a_test_split_is_asked_about_what_it_was_trained_
     assert right / 569 == json.loads((tmp_path / "figures.json").read_text())["accuracy"]
     assert not (tmp_path / "mistakes.png").exists()
     assert drawn(runs / "binary", "--split", "test", "--out", tmp_path).status == 2
+
+
+class Kept(command.Album):
+    """Keeps the pictures of a run by their names, and writes none."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(command.Flags(runs=(run,)))
+        self.pictures: dict[str, Figure] = {}
+
+    def add(self, folder: Path, name: str, picture: Figure) -> None:
+        """Keep one."""
+        self.pictures[name] = picture
+
+
+def test_single_batches_are_drawn_where_they_were_taken_between_the_start_and_the_last_epoch(run):
+    of, album = metrics.read(run), Kept(run)
+    command.draw_curves(album, [of])
+    found = {line.get_label(): line.get_xdata().tolist() for line in album.pictures["curves"].axes[0].lines}
+    taken = [line["step"] / of.epochs[0]["step"] for line in of.progress]
+    assert found["single batches"] == pytest.approx(taken, abs=1 / of.epochs[0]["step"])  # a last batch is smaller
+    assert found["single batches"][-1] == of.epochs[-1]["epoch"] == 2
+
+
+def test_the_captions_of_the_mistakes_stand_over_their_own_images(run, capsys):
+    of, album = metrics.read(run), Kept(run)
+    images = np.eye(64)[:40].reshape(40, 8, 8, 1)  # the k-th is black at its k-th pixel
+    labels = np.zeros(40, int)
+    logits = 9 * np.eye(10)[labels]
+    sureness = {35: 3.0, 5: 1.0, 31: 2.0}
+    for index, logit in sureness.items():
+        logits[index] = logit * np.eye(10)[index % 10]
+    about = command.Asked("test", Split(images, labels), tuple("abcdefghij"), known_size(of.recipe.data))
+    state = {"linear1.weight": np.ones((64, 64))}
+    command.draw_predictions(album, of, about, state, logits)
+    for name, expected in (("mistakes", [35, 31, 5]), ("predictions", range(30))):
+        shown = [axes for axes in album.pictures[name].axes if axes.images]
+        assert [int(axes.images[0].get_array().argmax()) for axes in shown] == list(expected)
+        taken = ["abcdefghij"[index % 10 if index in sureness else 0] for index in expected]
+        assert [axes.get_title().split()[1] for axes in shown] == taken
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["a", "40", "37"]
 
 
 def test_an_unfinished_run_has_its_curves_and_a_line_says_what_is_left_out(run):

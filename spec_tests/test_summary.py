@@ -149,6 +149,26 @@ def test_the_flops_of_training_are_those_that_torch_counts(name):
     assert BATCH * counted == counter.get_total_flops() > 0
 
 
+@pytest.mark.parametrize(
+    ("precision", "kept"),
+    [("float32", "3,823,144"), ("float64", "7,646,288"), ("bfloat16", "3,823,144")],  # bfloat16 keeps float32
+)
+def test_the_summary_of_the_cnn_by_hand(precision, kept, capsys):
+    of = changed("cnn", precision=precision)
+    summary.show_network(of, known_size(of.data))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.split(" {2,}", line) for line in lines]
+    assert ["layer", "kind", "output, JAX", "output, torch", "parameters", "FLOPs"] in rows
+    assert ["conv1", "conv 3x3", "[28, 28, 32]", "[32, 28, 28]", "320", "451,584"] in rows
+    assert ["layer", "array, JAX", "array, torch", "numbers"] in rows
+    assert ["conv1", "kernel [3, 3, 1, 32]", "weight [32, 1, 3, 3]", "288"] in rows
+    assert lines[-3:] == [
+        "total: 953,290 parameters (and 2,496 running statistics)",
+        f"weights: {kept} bytes",
+        "FLOPs an example, of products: 16,616,448 forward, 49,397,760 training",
+    ]
+
+
 @every
 def test_the_totals_are_the_sums_and_a_line_has_80_letters_at_most(of, size, capsys):
     network = layers(of, size)

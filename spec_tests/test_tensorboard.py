@@ -15,6 +15,8 @@ import pytest
 import tensorboardX.record_writer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -140,10 +142,20 @@ def test_the_recipe_stands_there_as_hyper_parameters_and_the_run_is_finished(tra
     assert given["model.channels"].string_value == "[3, 4]"
     assert given["optimizer.learning_rate"].number_value == recipe.load("cnn").optimizer.learning_rate
     assert given["optimizer.nesterov"].HasField("bool_value")
+    assert not {name for name in given if name.split(".")[0] in ("description", "expected", "metrics")}
     experiment = hyper_parameters(found, "experiment").experiment
     assert {info.name for info in experiment.hparam_infos} == set(given)
     assert {info.name.tag for info in experiment.metric_infos} <= set(found.Tags()["scalars"])
     assert hyper_parameters(found, "session_end_info").session_end_info.status == 1  # success
+
+
+def test_an_event_file_begins_with_its_version_and_a_start_that_makes_a_viewer_forget(tmp_path):
+    TensorBoard(tmp_path / "tensorboard", recipe.load("mlp128"), made_up_images(3, 1)).close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    version, start, *others = map(Event.FromString, RawEventFileLoader(str(file)).Load())
+    assert version.file_version == "brain.Event:2"
+    assert start.session_log.status == SessionLog.START
+    assert all(event.WhichOneof("what") == "summary" for event in others)
 
 
 def test_a_run_that_was_stopped_is_not_called_finished(stops_after, trainer_command, tmp_path):
