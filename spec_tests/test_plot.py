@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -35,6 +36,7 @@ def epoch(number: int, loss: float, *, tested: bool = True) -> dict[str, float |
     return {"epoch": number, "train_loss": loss, "train_accuracy": 0.1 * number, **test}
 
 
+INSTALLED = style.CHINESE  # as it is before a test takes them away
 TESTED = ("test_loss", "test_accuracy")
 
 
@@ -468,6 +470,24 @@ def test_a_framework_that_is_no_word_is_unknown(run):
     ended = drawn(run, "--format", "svg")
     assert ended.status == 0, ended.err
     assert "trained by unknown" in words(run / "plots" / "confusion.svg")
+
+
+def test_chinese_has_a_font_where_one_is_installed_and_a_line_where_none_is(tmp_path, monkeypatch, capsys):
+    def said(fonts: tuple[str, ...]) -> tuple[bytes, str]:
+        monkeypatch.setattr(style, "CHINESE", fonts)
+        picture = style.figure(2, 1)
+        picture.suptitle("中文 a")
+        (path,) = style.save(picture, tmp_path, "名", ["png"])
+        return path.read_bytes(), capsys.readouterr().out
+
+    boxes, line = said(())
+    assert line == "名: no font here has 中 文; install one (Noto Sans CJK), or open the SVG elsewhere\n"
+    there = {font.name for font in font_manager.fontManager.ttflist} & set(INSTALLED)
+    if not there:
+        pytest.skip("no font for Chinese is installed")
+    letters, line = said(tuple(there))
+    assert line == ""
+    assert letters != boxes
 
 
 def line(run: Path, text: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,9 @@ DPI = 150
 LETTERS = 11  # of a title, to the inch
 LONGEST_NAME = 24  # letters of a class's name; more would take the picture's place
 FORMATS = ("png", "svg")
+FONT = "DejaVu Sans"  # matplotlib's own; behind it, for names in Chinese, those of these that are installed
+CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "SimHei")
+MISSING = re.compile(r"Glyph (\d+) .* missing from font")
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "lockstep", "font.size": 10, "axes.titlesize": 11}
 
 
@@ -82,22 +87,50 @@ def short(names: Sequence[str], most: int = LONGEST_NAME) -> list[str]:
 def save(picture: Figure, folder: Path, name: str, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write a figure to `folder`, made if need be, as NAME.png and NAME.svg, each whole or not at all; return both.
 
-    The same figure gives the same bytes: no date is in them. Raises UserError where the disk refuses.
+    The same figure gives the same bytes: no date is in them. Letters that no font here has are said, and left to the
+    SVG. Raises UserError where the disk refuses.
     """
-    import matplotlib
     from matplotlib.text import Text
 
+    fonts = _fonts()
     for text in picture.findobj(Text):
         text.set_parse_math(False)  # a dollar in a name is a dollar
-    written = []
+        text.set_fontfamily(fonts)
+    written, missing = [], set()
     for kind in formats:
-        content, path = io.BytesIO(), folder / f"{name}.{kind}"
-        with matplotlib.rc_context(SETTINGS):
-            picture.savefig(content, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+        path = folder / f"{name}.{kind}"
+        content, without_font = _rendered(picture, kind)
+        missing |= without_font
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, content.getvalue())
+            write_atomic(path, content)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); name another place with --out") from None
         written.append(path)
+    if missing:
+        letters = " ".join(sorted(missing))
+        print(f"{name}: no font here has {letters}; install one (Noto Sans CJK), or open the SVG elsewhere")
     return written
+
+
+def _rendered(picture: Figure, kind: str) -> tuple[bytes, set[str]]:
+    """Return a file's content, and the letters that no font has."""
+    import matplotlib
+
+    content = io.BytesIO()
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings(record=True) as warned:
+        warnings.filterwarnings("always", message=MISSING.pattern)
+        picture.savefig(content, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+    found = [MISSING.search(str(each.message)) for each in warned]
+    for each, missing in zip(warned, found, strict=True):
+        if not missing:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return content.getvalue(), {chr(int(missing[1])) for missing in found if missing}
+
+
+def _fonts() -> list[str]:
+    """Return matplotlib's own font, and behind it those for Chinese that are installed."""
+    from matplotlib import font_manager
+
+    there = {font.name for font in font_manager.fontManager.ttflist}
+    return [FONT, *(name for name in CHINESE if name in there)]
