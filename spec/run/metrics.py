@@ -93,11 +93,13 @@ def _event(line: bytes, where: str) -> Mapping[str, Any]:
 def _check_order(event: Mapping[str, Any], before: Sequence[Mapping], planned: int, where: str) -> None:
     """Raise RunDirectoryError unless the event can follow on the epochs `before` it, of `planned` ones."""
     if event["event"] == "epoch" and event["epoch"] != len(before) + 1:
-        raise RunDirectoryError(f"{where}: epoch {event['epoch']} where epoch {len(before) + 1} should be; {AGAIN}")
+        found = shown(str(event["epoch"]))
+        raise RunDirectoryError(f"{where}: epoch {found} where epoch {len(before) + 1} should be; {AGAIN}")
     if event["event"] == "epoch" and event["epoch"] > planned:
         raise RunDirectoryError(f"{where}: epoch {event['epoch']} of a run of {planned}; {AGAIN}")
     if event["event"] == "progress" and event["examples_seen"] > event["examples"]:
-        raise RunDirectoryError(f"{where}: {event['examples_seen']:,} examples seen of {event['examples']:,}; {AGAIN}")
+        seen, there = (shown(str(event[key])) for key in ("examples_seen", "examples"))
+        raise RunDirectoryError(f"{where}: {seen} examples seen of {there}; {AGAIN}")
 
 
 def _is_count(value: object) -> bool:
