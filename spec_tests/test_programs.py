@@ -116,6 +116,20 @@ def test_the_compiled_cpu_epoch_convolves_only_in_the_layout_that_xla_has_kernel
     assert (set(layouts) == {"b01f_01io->b01f"}) == (not stock)
 
 
+def operations(of: recipes.Recipe, mode: str) -> list[tuple[str, str]]:
+    """Return the operations of the compiled steps and evaluation, each with the shape and layout of what it returns."""
+    programs = compile_programs(of, size_of(made_up_images(15, 3)), place("cpu", parallel=mode))
+    text = programs.run_steps.as_text() + programs.evaluate.as_text()
+    return sorted(re.findall(r"^ *(?:ROOT )?%?[\w.-]+ = (.+?) ([a-z-]+)\(", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("of", [SMALL_MLP, SMALL_CNN], ids=["mlp", "cnn"])
+def test_sharded_on_one_device_is_compiled_to_the_operations_of_jit(of):
+    alone = operations(of, "jit")
+    assert len(alone) > 100
+    assert operations(of, "sharded") == alone
+
+
 def test_programs_are_made_without_the_data_and_give_what_a_trainer_alone_gives():
     dataset = made_up_images(15, 3)
     before = compile_programs(SMALL_MLP, size_of(dataset), CPU)
