@@ -47,7 +47,9 @@ TRACKED = [str(path.relative_to(ROOT)) for path in ROOT.iterdir() if path.is_fil
     str(path.relative_to(ROOT))
     for folder in OURS
     for path in (ROOT / folder).rglob("*")
-    if path.is_file() and path.suffix != ".pyc"
+    if path.is_file()
+    and path.suffix != ".pyc"
+    and "runs" not in path.relative_to(ROOT).parts  # `make docs` leaves the notebooks' runs
 ]
 
 
