@@ -135,8 +135,10 @@ def parsed(kind: type[T], arguments: Sequence[str], *, options: Sequence[str] = 
     """Return the flags as tyro parses them, told `about` the program. Raises UserError with what is wrong, without its
     box and its page of help; `options` are those there are, the fields of `kind` unless given."""
     if "" in arguments:
+        before = arguments[: arguments.index("")]
+        after = "".join([f" after {word.partition('=')[0]}" for word in before if word.startswith("--")][-1:])
         raise UserError(
-            'an argument is empty (""), as that of a shell variable with no value is; give it, or leave it out'
+            f'an argument{after} is empty (""), as that of a shell variable with no value is; give it, or leave it out'
         )
     named = [field.name.replace("_", "-") for field in fields(kind) if "Positional" not in field.type]
     options = options or [f"--{name}" for name in named]

@@ -495,9 +495,12 @@ def test_flags_that_contradict_one_another_or_the_recipe_are_refused(part, refus
     counted(INPUTS, len(asked))
 
 
-@pytest.mark.parametrize("flags", [["--out", ""], ["--data-dir", ""], [""]])
-def test_an_empty_argument_is_refused_before_it_becomes_this_folder(flags, refused):
-    refused(flags, 'an argument is empty (""), as that of a shell variable with no value is')
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [(["--quiet", "--out", ""], " after --out"), (["--epochs=1", ""], " after --epochs"), ([""], "")],
+)
+def test_an_empty_argument_is_refused_before_it_becomes_this_folder(flags, where, refused):
+    refused(flags, f'error: an argument{where} is empty (""), as that of a shell variable with no value is')
 
 
 BY_A_RUN = [
